@@ -1,0 +1,95 @@
+"""What the tests share: the scripts as modules, a small folder of images, and ways to run a script as users do."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+SCRIPTS = ["cgan"]
+
+# MNIST cannot be downloaded during the tests, on any machine: nothing listens there.
+os.environ |= {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    """Each script in turn, as a module."""
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture
+def cgan():
+    return importlib.import_module("cgan")
+
+
+def make_folder(folder: Path, classes=("blue", "green", "red"), per_class=16, size=(12, 12), mode="RGB") -> Path:
+    """Images of one colour a class, each a little different."""
+    random = torch.Generator().manual_seed(0)
+    for k, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for i in range(per_class):
+            shade = int(torch.randint(150, 256, (), generator=random))
+            colour = tuple(shade if c == 2 - k else i for c in range(3)) if mode == "RGB" else shade - 50 * k
+            Image.new(mode, size, colour).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """A folder of 48 coloured images in 3 classes."""
+    return make_folder(tmp_path_factory.mktemp("data") / "images")
+
+
+@pytest.fixture
+def small(images, tmp_path, monkeypatch):
+    """Options of a training that takes well under a second, 6 batches an epoch, in an empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    return [
+        "--dataset",
+        str(images),
+        "--batch_size",
+        "8",
+        "--img_size",
+        "16",
+        "--latent_dim",
+        "4",
+        "--sample_interval",
+        "4",
+    ]
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Call a script as its command line would: command(script, *arguments) -> exit status, lines on stderr."""
+
+    def call(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+        capsys.readouterr()
+        status = 0
+        try:
+            script.main()
+        except SystemExit as e:
+            if isinstance(e.code, str):  # what the interpreter does with it
+                print(e.code, file=sys.stderr)
+            status = 1 if isinstance(e.code, str) else e.code or 0
+        return status, capsys.readouterr().err.splitlines()
+
+    return call
+
+
+def run_script(path: Path, *arguments, cwd: Path, **environment) -> subprocess.CompletedProcess:
+    """A script in a process of its own."""
+    return subprocess.run(
+        [sys.executable, path, *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )

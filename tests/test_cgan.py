@@ -1,0 +1,189 @@
+"""cgan.py: the networks, the losses and the steps of the conditional GAN."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torchvision.utils import make_grid
+
+
+def networks(cgan, arch="mlp", img_size=16, channels=1):
+    torch.manual_seed(0)
+    return cgan.Generator(4, 3, img_size, channels, arch), cgan.Discriminator(3, img_size, channels, arch)
+
+
+def adam(model):
+    return torch.optim.Adam(model.parameters(), lr=1e-2)
+
+
+@pytest.mark.parametrize("arch", ["mlp", "conv"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("img_size", [8, 24, 32])
+def test_shapes_and_ranges(cgan, arch, channels, img_size):
+    G, D = networks(cgan, arch, img_size, channels)
+    labels = torch.tensor([0, 1, 2, 2, 0])
+    images = G(torch.randn(5, 4), labels)
+    assert images.shape == (5, channels, img_size, img_size)
+    assert -1 <= images.min() and images.max() <= 1
+    assert D(images, labels).shape == (5, 1)
+
+
+@pytest.mark.parametrize("arch", ["mlp", "conv"])
+def test_both_networks_use_the_label(cgan, arch):
+    G, D = (network.eval() for network in networks(cgan, arch))
+    z = torch.randn(1, 4).expand(2, 4)
+    images = G(z, torch.tensor([0, 1]))
+    assert not torch.allclose(images[0], images[1])
+    scores = D(images[:1].expand(2, -1, -1, -1), torch.tensor([0, 1]))
+    assert not torch.allclose(scores[0], scores[1])
+
+
+def test_the_mlp_has_the_parameters_of_the_recipe(cgan):
+    G, D = cgan.Generator(100, 10, 32, 1), cgan.Discriminator(10, 32, 1)
+    sizes = [110, 128, 256, 512, 1024, 1024]
+    linear = sum(a * b + b for a, b in zip(sizes, sizes[1:]))
+    assert sum(p.numel() for p in G.parameters()) == linear + 2 * (256 + 512 + 1024) + 100
+    assert sum(p.numel() for p in D.parameters()) == 1034 * 512 + 512 + 2 * (512 * 512 + 512) + 513 + 100
+    assert all(m.eps == 1e-5 for m in G.modules() if isinstance(m, nn.BatchNorm1d))
+
+
+class Fixed(nn.Module):
+    """A network of one weight with a known answer."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(weight))
+
+    def forward(self, x, labels):
+        return self.weight * x * labels[:, None]
+
+
+def test_losses_by_hand(cgan):
+    """With G(z, y) = 2zy and D(x, y) = 3xy every number can be worked out."""
+    G, D = Fixed(2.0), Fixed(3.0)
+    z, labels, real = torch.tensor([[0.5], [1.0]]), torch.tensor([1, 2]), torch.tensor([[1.0], [0.5]])
+    g_loss, scores = cgan.generator_step(G, D, torch.optim.SGD(G.parameters(), lr=0.1), z, labels)
+    assert scores.flatten().tolist() == [3.0, 24.0]  # 3 * (2 * 0.5 * 1) * 1 and 3 * (2 * 1 * 2) * 2
+    assert g_loss.item() == ((3 - 1) ** 2 + (24 - 1) ** 2) / 2
+    # dL/dw = mean(2 (score - 1) * score / w)
+    assert G.weight.item() == pytest.approx(2 - 0.1 * ((2 * 2 * 1.5) + (2 * 23 * 12)) / 2)
+    d_loss = cgan.discriminator_step(D, torch.optim.SGD(D.parameters(), lr=0.1), real, labels, scores)
+    assert d_loss.item() == ((3 - 1) ** 2 + (3 - 1) ** 2) / 4 + (3**2 + 24**2) / 4
+
+
+@pytest.mark.parametrize("arch", ["mlp", "conv"])
+def test_each_step_trains_one_network_alone(cgan, arch):
+    G, D = networks(cgan, arch)
+    opt_G, opt_D = adam(G), adam(D)
+    z, labels, real = torch.randn(6, 4), torch.arange(6) % 3, torch.rand(6, 1, 16, 16) * 2 - 1
+    for p in D.parameters():
+        p.grad = torch.full_like(p, 7.0)
+    before = copy.deepcopy(D.state_dict()), copy.deepcopy(G.state_dict())
+    _, scores = cgan.generator_step(G, D, opt_G, z, labels)
+    assert all(torch.equal(a, b) for a, b in zip(before[0].values(), D.state_dict().values()))
+    assert all((p.grad == 7).all() for p in D.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(before[1].values(), G.state_dict().values()))
+
+    before, gradients = copy.deepcopy(G.state_dict()), [p.grad.clone() for p in G.parameters()]
+    weights = [p.clone() for p in D.parameters()]
+    cgan.discriminator_step(D, opt_D, real, labels, scores)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), G.state_dict().values()))
+    assert all(torch.equal(a, p.grad) for a, p in zip(gradients, G.parameters()))
+    assert any(not torch.equal(a, p) for a, p in zip(weights, D.parameters()))
+
+
+def test_one_pass_over_the_fakes_gives_the_gradients_of_two(cgan):
+    """The textbook step scores the detached fakes once more. Dropout is off: it would be drawn anew."""
+    G, D = networks(cgan)
+    D.eval()
+    z, labels, real = torch.randn(6, 4), torch.arange(6) % 3, torch.rand(6, 1, 16, 16) * 2 - 1
+    fake = G(z, labels)
+    loss = (
+        nn.functional.mse_loss(D(real, labels), torch.ones(6, 1))
+        + nn.functional.mse_loss(D(fake.detach(), labels), torch.zeros(6, 1))
+    ) / 2
+    wanted = torch.autograd.grad(loss, list(D.parameters()))
+    _, scores = cgan.generator_step(G, D, adam(G), z, labels)
+    cgan.discriminator_step(D, adam(D), real, labels, scores)
+    for a, p in zip(wanted, D.parameters()):
+        torch.testing.assert_close(a, p.grad)
+
+
+def test_average_of_the_generator(cgan):
+    G, _ = networks(cgan)
+    G_avg = copy.deepcopy(G)
+    start = G.net[0].weight.clone()
+    with torch.no_grad():
+        G.net[0].weight += 1
+    cgan.average(G_avg, G, 0.999, step=1)  # early: (1 + 1) / (10 + 1) is kept
+    torch.testing.assert_close(G_avg.net[0].weight, start + 9 / 11)
+    cgan.average(G_avg, G, 0.999, step=10**6)
+    torch.testing.assert_close(G_avg.net[0].weight, start + 1 - 2 / 11 * 0.999)
+    cgan.average(G_avg, G, 0, step=10**6)  # off: the generator as it is
+    assert all(torch.equal(a, b) for a, b in zip(G_avg.state_dict().values(), G.state_dict().values()))
+
+
+def test_column_k_of_the_grid_is_class_k(cgan, small, monkeypatch):
+    """A generator that paints its label shows which cell has which."""
+    pictures = []
+    monkeypatch.setattr(cgan.Run, "picture", lambda run, name, images, columns: pictures.append((images, columns)))
+    monkeypatch.setattr(cgan.Run, "animate", lambda *_: None)
+    monkeypatch.setattr(
+        cgan.Generator, "forward", lambda G, z, y: (y / 3 * 2 - 1)[:, None, None, None].expand(-1, 3, 16, 16)
+    )
+    cgan.train(cgan.parse_args([*small, "--n_epochs", "0"]))
+    images, columns = pictures[0]
+    grid = make_grid(images, nrow=columns, padding=0)
+    assert grid.shape == (3, 10 * 16, 3 * 16)
+    for k in range(3):
+        assert torch.allclose(grid[:, :, k * 16 : k * 16 + 16], torch.tensor(k / 3), atol=1e-6)
+
+
+def test_generate_spreads_over_the_classes(cgan, small, command):
+    run = cgan.train(cgan.parse_args([*small, "--n_epochs", "1"]))
+    assert command(cgan, "--resume", run, "--generate", 8) == (0, [])
+
+    def count(folder):
+        return {sub.name: len(list(sub.glob("*.png"))) for sub in sorted((run / folder).iterdir())}
+
+    assert count("generated") == {"0": 3, "1": 3, "2": 2}
+    assert command(cgan, "--resume", run, "--generate", 5, "--labels", 2, 0) == (0, [])
+    assert count("generated-2") == {"0": 3, "2": 2}
+    assert count("generated") == {"0": 3, "1": 3, "2": 2}
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--arch", "conv", "--img_size", "20"], "--img_size 20"),
+        (["--labels", "3"], "--labels goes with --generate"),
+        (["--labels", "-1"], "argument --labels"),
+        (["--ema", "1"], "argument --ema"),
+        (["--ema", "-0.1"], "argument --ema"),
+    ],
+)
+def test_bad_options(cgan, command, tmp_path, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    status, lines = command(cgan, *arguments)
+    assert status == 2 and len(lines) == 1 and says in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_labels_outside_the_classes(cgan, small, command):
+    run = cgan.train(cgan.parse_args([*small, "--n_epochs", "0"]))
+    status, lines = command(cgan, "--resume", run, "--generate", 3, "--labels", 3)
+    assert status == 2 and lines == ["cgan.py: error: --labels 3: the classes are 0 to 2"]
+    assert not (run / "generated").exists()
+
+
+def test_it_learns_the_digits(cgan, tmp_path):
+    """After two epochs on the built-in digits the classes differ, and so do the samples of one."""
+    run = cgan.train(cgan.parse_args(["--dataset", "digits", "--n_epochs", "2", "--out_dir", str(tmp_path / "run")]))
+    G = cgan.load(run)
+    labels = torch.arange(10).repeat_interleave(20)
+    images = (G(torch.randn(200, 100, generator=torch.Generator().manual_seed(1)), labels) + 1) / 2
+    assert math.isfinite(images.sum()) and images.std(0).mean() > 0.01
+    means = images.view(10, 20, -1).mean(1)
+    assert torch.cdist(means, means).fill_diagonal_(9).min() > 0.5, "two classes look the same"
