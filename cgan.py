@@ -87,7 +87,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume", metavar="PATH", help="run folder or checkpoint to continue, with the options it was made with")
     add("--generate", type=number(int, 1), metavar="N", help="with --resume: no training, write N images")
     add("--labels", type=number(int), nargs="+", metavar="Y", help="with --generate: the classes to draw; None: all")
-    opt = finish_options(p, argv, generating=("seed", "labels"))
+    opt = finish_options(p, argv, instead=("generate",), free=("seed", "labels"))
     if opt.arch == "conv" and opt.img_size % 8:
         p.error(f"--img_size {opt.img_size}: --arch conv needs a multiple of 8")
     if opt.labels and not opt.generate:
@@ -297,22 +297,25 @@ def number(kind: type, low: float = 0, above: float = -1, below: float = 2**31) 
     return parse
 
 
-def finish_options(parser: Parser, argv: list[str] | None, generating: tuple[str, ...]) -> argparse.Namespace:
-    """Parse argv; with --resume, take from the checkpoint what the command line may not change."""
-    may_change = {"resume", "generate", "n_epochs", "sample_interval", "n_cpu", "data_dir", "device", "compile"}
+def finish_options(parser: Parser, argv: list[str] | None, instead: tuple, free: tuple) -> argparse.Namespace:
+    """Parse argv; with --resume, take from the checkpoint what the command line may not change.
+
+    `instead` names the options that do something else than train, `free` those that may change for it.
+    """
+    may_change = {"resume", "n_epochs", "sample_interval", "n_cpu", "data_dir", "device", "compile", *instead}
     opt = parser.parse_args(argv)
     # argparse leaves attributes that are there alone: what is not None after this stood on the command line.
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(opt)))))
     given = {name: value for name, value in given.items() if value is not None}
+    other = next((name for name in instead if name in given), None)
     if opt.resume:
         saved = read_checkpoint(opt.resume)["options"]
-        may_change |= set(generating) if opt.generate else set()
-        for name in given.keys() - may_change:
+        for name in given.keys() - may_change - set(free if other else ()):
             if given[name] != saved[name]:
                 parser.error(f"--{name} {given[name]}: {opt.resume} has {saved[name]}; leave it out or start a new run")
-        opt = argparse.Namespace(**saved | dict(resume=None, generate=None) | given)
-    elif opt.generate:
-        parser.error("--generate needs --resume with the run folder to generate from")
+        opt = argparse.Namespace(**saved | dict.fromkeys(["resume", *instead]) | given)
+    elif other:
+        parser.error(f"--{other} needs --resume with the run folder to take the model from")
     opt.dataset_given = "dataset" in given
     if opt.dataset not in DATASETS and not Path(opt.dataset).is_dir():
         parser.error(f"--dataset {opt.dataset}: not a folder, and not one of {', '.join(DATASETS)}")
@@ -429,7 +432,7 @@ def read_named(opt: argparse.Namespace, train: bool) -> tuple[Tensor, Tensor]:
 class Decoder(torch.utils.data.Dataset):
     """Item k is the k-th 64 of the image files: uint8 (64, 1 or 3, size, size), or a message naming a broken file."""
 
-    def __init__(self, files: list[str], size: int):
+    def __init__(self, files: tuple[str, ...], size: int):
         self.files, self.size = files, (size, size)
 
     def __len__(self) -> int:
@@ -448,18 +451,20 @@ class Decoder(torch.utils.data.Dataset):
         return torch.stack([image.expand(channels, -1, -1) for image in images])
 
 
-def read_folder(opt: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """A folder with one sub-folder a class: uint8 (N, C, img_size, img_size), labels (N,).
-
-    Images are cut to a square about their centre. C is 3 if any is coloured, else 1.
-    """
+def open_folder(path: str) -> torchvision.datasets.ImageFolder:
+    """A folder with one sub-folder of images a class: `.samples` is a list of (file, label), `.classes` the names."""
     try:
-        folder = torchvision.datasets.ImageFolder(opt.dataset, allow_empty=True)
+        return torchvision.datasets.ImageFolder(path)
     except FileNotFoundError as e:
-        raise UserError(f"--dataset {opt.dataset}: it needs one sub-folder of images a class ({first_line(e)})") from e
-    files = [file for file, _ in folder.samples]
-    if not files:
-        raise UserError(f"--dataset {opt.dataset}: there is no image in its sub-folders {', '.join(folder.classes)}")
+        raise UserError(f"{path}: not a folder with one sub-folder of images a class ({first_line(e)})") from e
+
+
+def decode_files(samples: list[tuple[str, int]], opt: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Image files, cut to a square about the centre: uint8 (N, C, img_size, img_size), labels (N,).
+
+    C is 3 if any image is coloured, else 1.
+    """
+    files, labels = zip(*samples)
     chunks, done = Decoder(files, opt.img_size), 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = min(opt.n_cpu, cores, len(chunks) // 16)  # a process is not worth its start for 1000 files
@@ -472,13 +477,13 @@ def read_folder(opt: argparse.Namespace) -> tuple[Tensor, Tensor]:
             images[:done] = grey
         images[done : done + len(chunk)] = chunk
         done += len(chunk)
-        show(f"reading {opt.dataset}: {done:,} of {len(files):,} images")
-    return images, torch.tensor(folder.targets)
+        show(f"decoding {done:,} of {len(files):,} images")
+    return images, torch.tensor(labels)
 
 
-def check_data(opt: argparse.Namespace, images: Tensor, labels: Tensor) -> None:
+def check_data(opt: argparse.Namespace, images: Tensor, n_classes: int) -> None:
     """Set opt.channels, n_classes and n_images to what the data has; refuse options that contradict it."""
-    for name, found in (("channels", images.shape[1]), ("n_classes", int(labels.max()) + 1)):
+    for name, found in (("channels", images.shape[1]), ("n_classes", n_classes)):
         if getattr(opt, name) not in (None, found):
             raise UserError(f"--{name} {getattr(opt, name)}: {opt.dataset} has {found}; leave the option out")
         setattr(opt, name, found)
@@ -507,8 +512,13 @@ class Batches:
 
 def load_data(opt: argparse.Namespace, device: torch.device) -> tuple[Tensor, Tensor]:
     """The training images, uint8 (N, C, img_size, img_size), and labels (N,). Sets what opt lacks of them."""
-    images, labels = read_named(opt, train=True) if opt.dataset in DATASETS else read_folder(opt)
-    check_data(opt, images, labels)
+    if opt.dataset in DATASETS:
+        images, labels = read_named(opt, train=True)
+        check_data(opt, images, n_classes=10)
+    else:
+        folder = open_folder(opt.dataset)
+        images, labels = decode_files(folder.samples, opt)
+        check_data(opt, images, len(folder.classes))
     return images.to(device), labels.to(device)
 
 
@@ -725,6 +735,9 @@ def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
         torch.get_device_module(device).set_rng_state(state[device.type])
 
 
+# --- end of block
+
+
 def main() -> None:
     try:
         opt = parse_args()
@@ -738,4 +751,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-# --- end of block
