@@ -1,0 +1,122 @@
+"""gan.py: the networks, the losses and the steps of the GAN and DCGAN."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+
+@pytest.fixture
+def gan():
+    import gan
+
+    return gan
+
+
+def networks(gan, arch="mlp", img_size=16, channels=1):
+    torch.manual_seed(0)
+    return gan.Generator(4, img_size, channels, arch), gan.Discriminator(img_size, channels, arch)
+
+
+def adam(model):
+    return torch.optim.Adam(model.parameters(), lr=1e-2)
+
+
+@pytest.mark.parametrize("arch", ["mlp", "conv"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("img_size", [8, 24, 32])
+def test_shapes_and_ranges(gan, arch, channels, img_size):
+    G, D = networks(gan, arch, img_size, channels)
+    images = G(torch.randn(5, 4))
+    assert images.shape == (5, channels, img_size, img_size)
+    assert -1 <= images.min() and images.max() <= 1
+    assert D(images).shape == (5, 1)
+
+
+def test_the_mlp_has_the_parameters_of_the_recipe(gan):
+    G, D = gan.Generator(100, 28, 1), gan.Discriminator(28, 1)
+    sizes = [100, 128, 256, 512, 1024, 784]
+    linear = sum(a * b + b for a, b in zip(sizes, sizes[1:]))
+    assert sum(p.numel() for p in G.parameters()) == linear + 2 * (256 + 512 + 1024)
+    assert sum(p.numel() for p in D.parameters()) == 785 * 512 + 513 * 256 + 257
+
+
+def test_dcgan_starts_as_the_paper_says(gan):
+    G, D = networks(gan, "conv", 32, 3)
+    for network in (G, D):
+        for module in network.modules():
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)) and module.weight.numel() > 1000:
+                assert abs(module.weight.std() - 0.02) < 0.002 and abs(module.weight.mean()) < 0.002
+            if isinstance(module, nn.BatchNorm2d):
+                assert abs(module.weight.mean() - 1) < 0.02 and (module.bias == 0).all()
+    kinds = [type(module).__name__ for module in D.net]
+    assert kinds.index("BatchNorm2d") > kinds.index("LeakyReLU"), "no batch norm on the discriminator's input layer"
+    assert [type(module).__name__ for module in G.net][-2:] == ["ConvTranspose2d", "Tanh"]
+
+
+class Fixed(nn.Module):
+    """A network of one weight with a known answer."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(weight))
+
+    def forward(self, x):
+        return self.weight * x
+
+
+def test_losses_by_hand(gan):
+    """-log sigmoid(a) = log(1 + exp(-a)) for G, and for D the mean of that over real images and fakes."""
+    G, D = Fixed(2.0), Fixed(3.0)
+    z, real = torch.tensor([[0.5], [-0.1]]), torch.tensor([[0.2], [0.3]])
+    fakes, reals = torch.tensor([3.0, -0.6]), torch.tensor([0.6, 0.9])
+    g_loss, logits = gan.generator_step(G, D, torch.optim.SGD(G.parameters(), lr=0.1), z)
+    torch.testing.assert_close(logits.flatten(), fakes)
+    torch.testing.assert_close(g_loss, (1 + torch.exp(-fakes)).log().mean())
+    slope = (-(1 - fakes.sigmoid()) * fakes / 2).mean()  # d/dw of -log sigmoid(3 w z), at w = 2
+    torch.testing.assert_close(G.weight.detach(), 2 - 0.1 * slope)
+    d_loss = gan.discriminator_step(D, torch.optim.SGD(D.parameters(), lr=0.1), real, logits)
+    wanted = ((1 + torch.exp(-reals)).log().mean() + (1 + torch.exp(fakes)).log().mean()) / 2
+    torch.testing.assert_close(d_loss, wanted)
+
+
+def test_no_loss_is_infinite_when_the_discriminator_is_sure(gan):
+    """What a cross-entropy of sigmoids cannot do."""
+    G, D = Fixed(1.0), Fixed(1000.0)
+    g_loss, logits = gan.generator_step(G, D, torch.optim.SGD(G.parameters(), lr=0.1), torch.tensor([[-1.0]]))
+    assert g_loss == 1000 and G.weight.grad == 1000
+
+
+@pytest.mark.parametrize("arch", ["mlp", "conv"])
+def test_each_step_trains_one_network_alone(gan, arch):
+    G, D = networks(gan, arch)
+    z, real = torch.randn(6, 4), torch.rand(6, 1, 16, 16) * 2 - 1
+    for p in D.parameters():
+        p.grad = torch.full_like(p, 7.0)
+    weights_D, weights_G = (copy.deepcopy(list(network.parameters())) for network in (D, G))
+    _, logits = gan.generator_step(G, D, adam(G), z)
+    assert all(torch.equal(a, b) and (b.grad == 7).all() for a, b in zip(weights_D, D.parameters()))
+    assert any(not torch.equal(a, b) for a, b in zip(weights_G, G.parameters()))
+
+    before, gradients = copy.deepcopy(G.state_dict()), [p.grad.clone() for p in G.parameters()]
+    gan.discriminator_step(D, adam(D), real, logits)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), G.state_dict().values()))
+    assert all(torch.equal(a, p.grad) for a, p in zip(gradients, G.parameters()))
+    assert any(not torch.equal(a, b) for a, b in zip(weights_D, D.parameters()))
+
+
+def test_the_size_goes_with_the_arch(gan, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert gan.parse_args(["--arch", "conv"]).img_size == 32
+    status, lines = command(gan, "--arch", "conv", "--img_size", 28)
+    assert status == 2 and len(lines) == 1 and "--img_size 28" in lines[0] and "8" in lines[0]
+
+
+def test_generate(gan, small, command):
+    run = gan.train(gan.parse_args([*small, "--n_epochs", "1"]))
+    assert command(gan, "--resume", run, "--generate", 7) == (0, [])
+    assert len(list((run / "generated").glob("*.png"))) == 7
+    assert command(gan, "--resume", run, "--generate", 2, "--seed", 5) == (0, [])
+    one, two = ((run / folder / "000000.png").read_bytes() for folder in ("generated", "generated-2"))
+    assert one != two
