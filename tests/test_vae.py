@@ -1,0 +1,329 @@
+"""vae.py: the objective against torch.distributions, the bounds, the three architectures."""
+
+import argparse
+import math
+
+import pytest
+import torch
+from conftest import make_folder
+from PIL import Image
+from torch.distributions import Bernoulli, Normal
+
+
+@pytest.fixture
+def vae():
+    import vae
+
+    return vae
+
+
+ARCHES = {"vanilla": [32, 64, 128, 256, 512], "conv": [64, 128, 256, 512], "mlp": [400]}
+ONE = torch.ones(())
+
+
+def batch(n=6, channels=1, img_size=16):
+    torch.manual_seed(0)
+    return torch.rand(n, channels, img_size, img_size), torch.randn(n, channels, img_size, img_size)
+
+
+# ---------------------------------------------------------------- the objective
+
+
+def test_kl(vae):
+    torch.manual_seed(0)
+    mu, logvar = torch.randn(6, 5), torch.randn(6, 5)
+    wanted = torch.distributions.kl_divergence(Normal(mu, (logvar / 2).exp()), Normal(0, 1)).sum(1)
+    torch.testing.assert_close(vae.kl_divergence(mu, logvar), wanted)
+
+
+def test_gaussian_likelihood(vae):
+    x, logits = batch()
+    for variance in (ONE, 0.3 * ONE):
+        wanted = Normal(logits.sigmoid(), variance.sqrt()).log_prob(x).flatten(1).sum(1)
+        torch.testing.assert_close(vae.log_likelihood(x, logits, "gaussian", variance), wanted)
+
+
+def test_bernoulli_likelihood(vae):
+    x, logits = batch()
+    x = x.bernoulli()
+    wanted = Bernoulli(logits=logits).log_prob(x).flatten(1).sum(1)
+    torch.testing.assert_close(vae.log_likelihood(x, logits, "bernoulli", ONE), wanted)
+
+
+def test_sigma_one_is_half_the_squared_error(vae):
+    """Up to the normal distribution's constant."""
+    x, logits = batch()
+    constant = x[0].numel() / 2 * math.log(2 * math.pi)
+    wanted = -0.5 * (x - logits.sigmoid()).square().flatten(1).sum(1) - constant
+    torch.testing.assert_close(vae.log_likelihood(x, logits, "gaussian", ONE), wanted)
+
+
+def test_auto_sigma_is_the_best_one(vae):
+    """Its likelihood is the highest, and its gradient that of the closed form -D/2 log(mse)."""
+    x, logits = batch()
+    logits.requires_grad_()
+    best = vae.best_variance(x, logits)
+    at = {
+        scale: vae.log_likelihood(x, logits, "gaussian", best * scale).mean().item()
+        for scale in (0.9, 0.99, 1, 1.01, 1.1)
+    }
+    assert max(at, key=at.get) == 1
+    mse = (x - logits.sigmoid()).square().mean()
+    closed = -x[0].numel() / 2 * (torch.log(2 * math.pi * mse) + 1)
+    assert at[1] == pytest.approx(closed.item(), rel=1e-5)
+    ours = torch.autograd.grad(vae.log_likelihood(x, logits, "gaussian", best).mean(), logits)[0]
+    torch.testing.assert_close(ours, torch.autograd.grad(closed, logits)[0])
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, 4.0])
+def test_the_step_follows_the_objective(vae, beta):
+    """One SGD step moves the weights by the gradient of -(log p(x|z) - beta KL) in nats per image."""
+    x, _ = batch()
+    model = vae.VAE("mlp", [8], 3, 16, 1)
+    weights = list(model.parameters())
+    torch.manual_seed(1)
+    logits, mu, logvar = model(x)
+    log_px = Bernoulli(logits=logits, validate_args=False).log_prob(x).sum() / len(x)
+    kl = torch.distributions.kl_divergence(Normal(mu, (logvar / 2).exp()), Normal(0, 1)).sum() / len(x)
+    gradients = torch.autograd.grad(beta * kl - log_px, weights)
+    wanted = [(p - 1e-3 * g).detach() for p, g in zip(weights, gradients)]
+    torch.manual_seed(1)
+    opt = argparse.Namespace(likelihood="bernoulli", beta=beta, sigma="auto")
+    terms = vae.train_step(model, torch.optim.SGD(weights, lr=1e-3), x, None, opt)
+    torch.testing.assert_close(weights, wanted)
+    torch.testing.assert_close(terms["elbo"], (log_px - kl).detach())
+    torch.testing.assert_close(terms["elbo"], terms["log_px"] - terms["kl"])
+
+
+def test_gradients_pass_through_the_sample(vae):
+    x, _ = batch()
+    model = vae.VAE("mlp", [8], 3, 16, 1)
+    vae.log_likelihood(x, model(x)[0], "bernoulli", ONE).mean().backward()
+    assert all(
+        p.grad.abs().sum() > 0
+        for p in [*model.encoder.parameters(), *model.mu.parameters(), *model.logvar.parameters()]
+    )
+
+
+def test_reparameterize(vae):
+    torch.manual_seed(0)
+    mu, logvar = (
+        torch.tensor([[1.0, -2.0]]).expand(100_000, 2),
+        torch.tensor([[0.0, 2 * math.log(3)]]).expand(100_000, 2),
+    )
+    z = vae.VAE("mlp", [8], 2, 8, 1).reparameterize(mu, logvar)
+    torch.testing.assert_close(z.mean(0), torch.tensor([1.0, -2.0]), atol=0.05, rtol=0)
+    torch.testing.assert_close(z.std(0), torch.tensor([1.0, 3.0]), atol=0.05, rtol=0)
+
+
+# ---------------------------------------------------------------- the importance-weighted bound
+
+
+class LinearGaussian(torch.nn.Module):
+    """z ~ N(0, 1) in 2 dimensions, x ~ N(Wz, v): log p(x) is known. The encoder is off by a bit."""
+
+    def __init__(self, vae):
+        super().__init__()
+        torch.manual_seed(0)
+        self.W, self.variance = torch.randn(3, 2), torch.tensor(0.5)
+        self.covariance = torch.linalg.inv(torch.eye(2) + self.W.T @ self.W / self.variance)  # of z given x
+        self.reparameterize = lambda mu, logvar: mu + (logvar / 2).exp() * torch.randn_like(mu)
+
+    def encode(self, x, labels=None):
+        mu = x @ self.W @ self.covariance / self.variance + 0.2
+        return mu, (self.covariance.diag() * 1.5).log().expand_as(mu)
+
+    def decode(self, z, labels=None):
+        return z @ self.W.T
+
+    def log_px(self, x):
+        covariance = self.W @ self.W.T + self.variance * torch.eye(3)
+        return torch.distributions.MultivariateNormal(torch.zeros(3), covariance).log_prob(x)
+
+
+@pytest.fixture
+def toy(vae, monkeypatch):
+    # Its decoder's output is the mean itself, not a logit.
+    monkeypatch.setattr(
+        vae, "log_likelihood", lambda x, mean, _, variance: Normal(mean, variance.sqrt()).log_prob(x).sum(1)
+    )
+    return LinearGaussian(vae)
+
+
+def test_the_bound_approaches_the_likelihood(vae, toy):
+    x = torch.randn(50, 3)
+    gaps = []
+    for k in (1, 10, 1000):
+        torch.manual_seed(0)
+        gaps.append((toy.log_px(x) - vae.importance_weighted_bound(toy, x, None, k, "gaussian")).mean().item())
+    assert gaps[0] > gaps[1] > gaps[2]
+    assert abs(gaps[2]) < 0.01
+
+
+def test_the_bound_is_never_below_the_elbo_of_the_same_samples(vae, toy):
+    """By Jensen: the log of a mean is at least the mean of the logs."""
+    x, k = torch.randn(20, 3), 7
+    torch.manual_seed(3)
+    bound = vae.importance_weighted_bound(toy, x, None, k, "gaussian")
+    torch.manual_seed(3)
+    singles = torch.stack([vae.importance_weighted_bound(toy, x, None, 1, "gaussian") for _ in range(k)])
+    torch.testing.assert_close(bound, torch.logsumexp(singles, 0) - math.log(k))
+    assert (bound >= singles.mean(0) - 1e-5).all()
+
+
+# ---------------------------------------------------------------- the network
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("img_size", [16, 28, 48])
+@pytest.mark.parametrize("n_classes", [0, 3])
+def test_shapes(vae, arch, channels, img_size, n_classes):
+    if arch == "conv" and img_size % 16:
+        pytest.skip("conv needs a multiple of 16")
+    dims = [d // 8 for d in ARCHES[arch]]
+    model = vae.VAE(arch, dims, 5, img_size, channels, n_classes)
+    x, labels = torch.rand(4, channels, img_size, img_size), torch.arange(4) % 3 if n_classes else None
+    logits, mu, logvar = model(x, labels)
+    assert logits.shape == x.shape and mu.shape == logvar.shape == (4, 5)
+    for images in (model.sample(4, labels), model.reconstruct(x, labels)):
+        assert images.shape == x.shape and 0 <= images.min() and images.max() <= 1
+
+
+def conv(a, b, side):
+    return a * b * side**2 + b
+
+
+def test_parameter_counts_worked_out_by_hand(vae):
+    count = lambda *args: sum(p.numel() for p in vae.VAE(*args).parameters())  # noqa: E731
+    dims = ARCHES["vanilla"]
+    chain = list(zip([3, *dims], dims)) + list(zip(dims[::-1], [*dims[-2::-1], 32]))
+    vanilla = sum(conv(a, b, 3) + 2 * b for a, b in chain) + conv(32, 3, 3)
+    flat = 512 * 2 * 2  # 64x64 images: the feature maps are 32, 16, 8, 4, 2 wide
+    assert count("vanilla", dims, 128, 64, 3) == vanilla + 2 * (flat * 128 + 128) + 128 * flat + flat
+    dims = ARCHES["conv"]
+    down = conv(1, 64, 4) + sum(conv(a, b, 4) + 2 * b for a, b in zip(dims, dims[1:]))
+    up = sum(conv(a, b, 4) + 2 * b for a, b in zip(dims[::-1], dims[-2::-1])) + conv(64, 1, 4)
+    flat = 512 * 2 * 2
+    assert count("conv", dims, 20, 32, 1) == down + up + 2 * (flat * 20 + 20) + 20 * flat + flat
+    # 784-400-20 and back, as in the paper
+    assert count("mlp", [400], 20, 28, 1) == (784 * 400 + 400) + 2 * (400 * 20 + 20) + (20 * 400 + 400) + (
+        400 * 784 + 784
+    )
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_encoder_and_decoder_use_the_label(vae, arch):
+    torch.manual_seed(0)
+    model = vae.VAE(arch, [d // 8 for d in ARCHES[arch]], 5, 16, 1, n_classes=3).eval()
+    x, z, labels = torch.rand(1, 1, 16, 16).expand(2, -1, -1, -1), torch.randn(1, 5).expand(2, 5), torch.tensor([0, 1])
+    for output in (model.encode(x, labels)[0], model.decode(z, labels)):
+        assert not torch.allclose(output[0], output[1])
+
+
+# ---------------------------------------------------------------- the script
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--arch", "conv", "--img_size", "40"], ["--img_size 40", "multiple of 16"]),
+        (["--arch", "conv", "--hidden_dims", "8", "16", "--img_size", "30"], ["--img_size 30", "multiple of 4"]),
+        (["--sigma", "0"], ["--sigma"]),
+        (["--sigma", "nan"], ["--sigma"]),
+        (["--beta", "-1"], ["--beta"]),
+        (["--beta", "inf"], ["--beta"]),
+        (["--hidden_dims", "0"], ["--hidden_dims"]),
+        (["--iw_samples", "-1"], ["--iw_samples"]),
+        (["--likelihood", "poisson"], ["--likelihood"]),
+        (["--binarize"], ["--binarize", "bernoulli"]),
+        (["--labels", "1"], ["--labels", "--conditional"]),
+        (["--reconstruct", "x"], ["--reconstruct", "--resume"]),
+    ],
+)
+def test_bad_options(vae, command, tmp_path, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    status, lines = command(vae, *arguments)
+    assert status == 2 and len(lines) == 1 and all(word in lines[0] for word in says), lines
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_tenth_image_of_a_folder_is_held_out(vae, tmp_path):
+    folder = make_folder(tmp_path / "f", classes=["a", "b"], per_class=15)
+    opt = vae.parse_args(["--dataset", str(folder), "--img_size", "8", "--batch_size", "2"])
+    images, labels, test_images, test_labels = vae.load_data(opt, torch.device("cpu"))
+    everything, _ = vae.decode_files(vae.open_folder(folder).samples, opt)
+    assert torch.equal(test_images, everything[::10]) and test_labels.tolist() == [0, 0, 1]
+    assert torch.equal(images, torch.stack([image for i, image in enumerate(everything) if i % 10]))
+    assert labels.tolist() == [0] * 13 + [1] * 14
+
+
+def test_pictures_and_log(vae, small):
+    arguments = [*small, "--n_epochs", "1", "--arch", "mlp", "--latent_dim", "2", "--iw_samples", "3"]
+    run = vae.train(vae.parse_args(arguments))
+    left = {str(file.relative_to(run)) for file in run.rglob("*.*")}
+    assert {"interpolation.png", "manifold.png", "training.gif", "recon.gif", "images/recon_000000.png"} <= left
+    assert Image.open(run / "images/recon_000000.png").size == (
+        6 * 18 + 2,
+        2 * 18 + 2,
+    )  # 6 test images, each above its own
+    assert Image.open(run / "manifold.png").size == (20 * 18 + 2,) * 2
+    header = (run / "log.csv").read_text().splitlines()[0].split(",")
+    assert {"elbo", "log_px", "kl", "test_elbo", "test_log_px", "test_kl", "test_bits_per_dim"} <= set(header)
+
+
+def test_binary_pixels_are_drawn_anew(vae):
+    images = torch.full((500, 1, 8, 8), 128, dtype=torch.uint8)
+    opt = argparse.Namespace(binarize=True, conditional=False)
+    (one, none), (two, _) = (next(vae.test_batches(images, torch.zeros(500), opt)) for _ in range(2))
+    assert none is None and set(one.unique().tolist()) == {0, 1}
+    assert not torch.equal(one, two) and abs(one.mean() - 128 / 255) < 0.02
+
+
+def test_conditional_run(vae, small, command):
+    run = vae.train(vae.parse_args([*small, "--n_epochs", "1", "--arch", "mlp", "--conditional"]))
+    assert command(vae, "--resume", run, "--generate", 5, "--labels", 2, 0) == (0, [])
+    assert {sub.name: len(list(sub.iterdir())) for sub in (run / "generated").iterdir()} == {"0": 3, "2": 2}
+    status, lines = command(vae, "--resume", run, "--generate", 5, "--labels", 3)
+    assert status == 2 and "--labels 3" in lines[0]
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_reconstruct(vae, small, images, command, tmp_path, conditional):
+    flag = ["--conditional"] if conditional else []
+    run = vae.train(vae.parse_args([*small, "--n_epochs", "0", "--arch", "mlp", *flag]))
+    assert command(vae, "--resume", run, "--reconstruct", images) == (0, [])
+    files = sorted((run / "reconstructed").iterdir())
+    assert len(files) == 54 and Image.open(files[0]).size == (32, 16)
+    shown = Image.open(files[0]).crop((0, 0, 16, 16)).resize((1, 1)).getpixel((0, 0))
+    wanted = Image.open(sorted((images / "blue").iterdir())[0]).getpixel((0, 0))
+    assert max(abs(a - b) for a, b in zip(shown, wanted)) < 4
+
+    (tmp_path / "none").mkdir()
+    status, lines = command(vae, "--resume", run, "--reconstruct", tmp_path / "none")
+    assert status == 1 and len(lines) == 1 and str(tmp_path / "none") in lines[0]
+    flat = make_folder(tmp_path / "grey", classes=["one"], mode="L") / "one"  # grey images for a colour model
+    status, lines = command(vae, "--resume", run, "--reconstruct", flat)
+    assert status == (1 if conditional else 0) and len(lines) == conditional
+
+
+def test_it_learns_the_digits(vae, tmp_path):
+    """One epoch on the built-in digits: better than the start, better than the mean image, and column k is digit k."""
+    arguments = ["--dataset", "digits", "--arch", "mlp", "--conditional", "--out_dir", str(tmp_path / "run")]
+    opt = vae.parse_args([*arguments, "--n_epochs", "1"])
+    run = vae.train(opt)
+    model = vae.load(run)
+    images, labels, test_images, test_labels = vae.load_data(opt, torch.device("cpu"))
+    torch.manual_seed(0)
+    untrained = vae.build(model.options)
+    untrained.variance.copy_(model.variance)
+    before, after = (vae.test(m, test_images, test_labels, opt)["test_elbo"] for m in (untrained, model))
+    assert after > before + 100
+    x, mean = test_images.float() / 255, images.float().mean(0) / 255
+    model.eval()
+    assert (model.reconstruct(x, test_labels) - x).square().mean() < 0.5 * (mean - x).square().mean()
+    means = torch.stack([images[labels == k].float().mean(0) / 255 for k in range(10)]).flatten(1)
+    torch.manual_seed(0)
+    asked = torch.arange(10).repeat(20)
+    found = torch.cdist(model.sample(200, asked).flatten(1), means).argmin(1)
+    assert (found == asked).float().mean() > 0.8

@@ -1,0 +1,942 @@
+"""Variational autoencoder: images to a few Gaussian numbers and back, in one file.
+
+An encoder gives for each image x a Gaussian q(z|x) = N(mu, exp(logvar)); a decoder gives for each z a
+distribution p(x|z). Both are trained to maximise a bound on the likelihood, in nats per image:
+
+    log p(x) >= ELBO = E_q[log p(x|z)] - KL(q(z|x) || N(0, 1))      and with --beta: E_q[log p(x|z)] - beta KL
+
+VAE: Kingma & Welling 2013, arXiv:1312.6114 (equation 10, appendix B for the KL). beta: Higgins et al. 2017.
+--sigma auto: Rybkin et al. 2020, arXiv:2006.13202. --iw_samples: Burda et al. 2015, arXiv:1509.00519 (equation 8).
+--conditional: Sohn et al. 2015.
+
+    python vae.py --n_epochs 20                          # MNIST; without a network: built-in digits
+    python vae.py --arch conv --dataset path/to/folder   # your images, one sub-folder a class
+    python vae.py --resume runs/vae --generate 100
+"""
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision", "numpy"]
+# ///
+
+import argparse
+import contextlib
+import copy
+import csv
+import datetime
+import itertools
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+import torchvision
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms.functional import pil_to_tensor, resize, rgb_to_grayscale, to_pil_image
+from torchvision.utils import save_image
+
+SCRIPT = "vae"  # in checkpoints: only the script that wrote one can read it
+HIDDEN_DIMS = {"vanilla": [32, 64, 128, 256, 512], "conv": [64, 128, 256, 512], "mlp": [400]}
+
+# ---------------------------------------------------------------- options
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the options from argv (default: the command line).
+
+    With --resume they come from the checkpoint. Raises SystemExit (status 2) for a bad option and
+    UserError for a checkpoint that cannot be read.
+    """
+    p = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = p.add_argument
+    add("--n_epochs", type=number(int), default=200, help="passes over the training images; 0 only sets the run up")
+    add("--batch_size", type=number(int, 2), default=64, help="images a step; 2 or more, for batch norm")
+    add("--lr", type=number(float, above=0), default=1e-3, help="Adam's learning rate, above 0")
+    add("--b1", type=number(float, below=1), default=0.9, help="Adam's decay of the mean gradient, in [0, 1)")
+    add("--b2", type=number(float, below=1), default=0.999, help="Adam's decay of the mean square, in [0, 1)")
+    add("--arch", choices=list(HIDDEN_DIMS), default="vanilla", help="3x3 convolutions, 4x4 ones, or fully connected")
+    add(
+        "--hidden_dims",
+        type=number(int, 1),
+        nargs="+",
+        help="channels or units of each layer; None: as --arch has them",
+    )
+    add("--likelihood", choices=["gaussian", "bernoulli"], default="gaussian", help="p(x|z) of a pixel")
+    add("--sigma", type=sigma, default="auto", help="gaussian: deviation of a pixel, above 0; auto: the best one")
+    add("--beta", type=number(float), default=1.0, help="weight of the KL, 0 or more; 1 is the ELBO")
+    add("--conditional", action=argparse.BooleanOptionalAction, default=False, help="encode and decode given the label")
+    add(
+        "--binarize",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="bernoulli: draw binary pixels anew each time",
+    )
+    add("--iw_samples", type=number(int), default=0, help="samples of the importance-weighted test bound; 0: none")
+    add("--latent_dim", type=number(int, 1), default=128, help="size of z")
+    add("--img_size", type=number(int, 1), default=32, help="images are resized to this side; conv: a multiple of 16")
+    add("--channels", type=int, choices=[1, 3], help="1 is grey, 3 is colour; None: as in the data")
+    add("--n_classes", type=number(int, 1), help="number of classes; None: as in the data")
+    add("--sample_interval", type=number(int, 1), default=400, help="batches between sample grids")
+    add("--n_cpu", type=number(int), default=8, help="most processes that decode an image folder; 0: only this one")
+    add(
+        "--dataset",
+        default="mnist",
+        help="mnist, fashion_mnist, cifar10, digits, or a folder of sub-folders, one a class",
+    )
+    add("--data_dir", default="data", help="where data sets are kept and downloaded to")
+    add("--out_dir", default="runs/vae", help="the run's folder; if it is in use, a number is added")
+    add("--seed", type=number(int), default=0, help="same seed, same machine: same images")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps ...; auto: the accelerator if there is one, or cpu")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile, for accelerators")
+    add("--resume", metavar="PATH", help="run folder or checkpoint to continue, with the options it was made with")
+    add("--generate", type=number(int, 1), metavar="N", help="with --resume: no training, write N images")
+    add("--labels", type=number(int), nargs="+", metavar="Y", help="with --generate: the classes to draw; None: all")
+    add("--reconstruct", metavar="FOLDER", help="with --resume: write its images beside their reconstructions")
+    opt = finish_options(p, argv, instead=("generate", "reconstruct"), free=("seed", "labels"))
+    opt.hidden_dims = opt.hidden_dims or HIDDEN_DIMS[opt.arch]
+    if opt.arch == "conv" and opt.img_size % 2 ** len(opt.hidden_dims):
+        p.error(f"--img_size {opt.img_size}: --arch conv needs a multiple of {2 ** len(opt.hidden_dims)}")
+    if opt.binarize and opt.likelihood != "bernoulli":
+        p.error("--binarize goes with --likelihood bernoulli")
+    if opt.labels and not (opt.generate and opt.conditional):
+        p.error("--labels goes with --generate and a run that was trained with --conditional")
+    if opt.labels and max(opt.labels) >= opt.n_classes:
+        p.error(f"--labels {max(opt.labels)}: the classes are 0 to {opt.n_classes - 1}")
+    return opt
+
+
+def sigma(text: str) -> str | float:
+    return text if text == "auto" else number(float, above=0)(text)
+
+
+# ---------------------------------------------------------------- network
+
+
+class VAE(nn.Module):
+    """Images x (N, channels, img_size, img_size) in [0, 1] <-> z (N, latent_dim).
+
+    With n_classes > 0 encoder and decoder are also given labels (N,).
+    """
+
+    def __init__(
+        self, arch: str, hidden_dims: list[int], latent_dim: int, img_size: int, channels: int, n_classes: int = 0
+    ):
+        super().__init__()
+        self.latent_dim, self.n_classes = latent_dim, n_classes
+        layers = {"vanilla": vanilla_layers, "conv": conv_layers, "mlp": mlp_layers}[arch]
+        # The encoder sees the label as one more channel: an image of its own, learnt for each class.
+        encoder, n_features, decoder = layers(hidden_dims, img_size, channels + (n_classes > 0), channels)
+        if n_classes:
+            self.embed = nn.Sequential(nn.Embedding(n_classes, img_size**2), nn.Unflatten(1, (1, img_size, img_size)))
+            self.decode_label = nn.Embedding(n_classes, n_features)
+        self.encoder = nn.Sequential(*encoder)
+        self.mu, self.logvar = nn.Linear(n_features, latent_dim), nn.Linear(n_features, latent_dim)
+        self.decode_z, self.decoder = nn.Linear(latent_dim, n_features), nn.Sequential(*decoder)
+        self.register_buffer("variance", torch.ones(()))  # of a pixel, for --likelihood gaussian
+
+    def encode(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of q(z|x), each (N, latent_dim)."""
+        h = self.encoder(torch.cat([x, self.embed(labels)], 1) if self.n_classes else x)
+        return self.mu(h), self.logvar(h)
+
+    def reparameterize(self, mu: Tensor, logvar: Tensor) -> Tensor:
+        """A sample of q(z|x) that gradients pass through."""
+        return mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
+
+    def decode(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits (N, channels, img_size, img_size): their sigmoid is the mean of p(x|z), the image to look at."""
+        h = self.decode_z(z) + self.decode_label(labels) if self.n_classes else self.decode_z(z)
+        return self.decoder(h)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of the reconstruction from one sample of q(z|x), then mu and logvar."""
+        mu, logvar = self.encode(x, labels)
+        return self.decode(self.reparameterize(mu, logvar), labels), mu, logvar
+
+    @torch.no_grad()
+    def sample(self, n: int, labels: Tensor | None = None) -> Tensor:
+        """n new images, in [0, 1]."""
+        return self.decode(torch.randn(n, self.latent_dim, device=self.variance.device), labels).sigmoid()
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Images x again, from the mean of q(z|x), in [0, 1]."""
+        return self.decode(self.encode(x, labels)[0], labels).sigmoid()
+
+
+def vanilla_layers(dims: list[int], size: int, n_in: int, n_out: int) -> tuple[list, int, list]:
+    """Encoder layers, number of features, decoder layers. 3x3 convolutions; each halves the side, rounded up."""
+    encoder, decoder, sides = [], [], [size]
+    for a, b in zip([n_in, *dims], dims):
+        encoder += [nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.LeakyReLU()]
+        sides.append((sides[-1] + 1) // 2)
+    for a, b, side in zip(dims[::-1], [*dims[-2::-1], dims[0]], sides[-2::-1]):
+        padding = 1 - side % 2  # so that the side is again what it was
+        decoder += [nn.ConvTranspose2d(a, b, 3, 2, 1, padding), nn.BatchNorm2d(b), nn.LeakyReLU()]
+    unflatten = nn.Unflatten(1, (dims[-1], sides[-1], sides[-1]))
+    return [*encoder, nn.Flatten()], dims[-1] * sides[-1] ** 2, [unflatten, *decoder, nn.Conv2d(b, n_out, 3, 1, 1)]
+
+
+def conv_layers(dims: list[int], size: int, n_in: int, n_out: int) -> tuple[list, int, list]:
+    """The same with 4x4 convolutions, each halving the side exactly; no batch norm after the first."""
+    side = size // 2 ** len(dims)
+    encoder, decoder = [nn.Conv2d(n_in, dims[0], 4, 2, 1), nn.ReLU()], [nn.Unflatten(1, (dims[-1], side, side))]
+    for a, b in zip(dims, dims[1:]):
+        encoder += [nn.Conv2d(a, b, 4, 2, 1), nn.BatchNorm2d(b), nn.ReLU()]
+    for a, b in zip(dims[::-1], dims[-2::-1]):
+        decoder += [nn.ConvTranspose2d(a, b, 4, 2, 1), nn.BatchNorm2d(b), nn.ReLU()]
+    return [*encoder, nn.Flatten()], dims[-1] * side**2, [*decoder, nn.ConvTranspose2d(dims[0], n_out, 4, 2, 1)]
+
+
+def mlp_layers(dims: list[int], size: int, n_in: int, n_out: int) -> tuple[list, int, list]:
+    """The same fully connected, as in the paper's appendix C.1, with ReLU."""
+    encoder, decoder = [nn.Flatten()], [nn.ReLU()]
+    for a, b in zip([n_in * size**2, *dims], dims):
+        encoder += [nn.Linear(a, b), nn.ReLU()]
+    for a, b in zip(dims[::-1], dims[-2::-1]):
+        decoder += [nn.Linear(a, b), nn.ReLU()]
+    return encoder, dims[-1], [*decoder, nn.Linear(dims[0], n_out * size**2), nn.Unflatten(1, (n_out, size, size))]
+
+
+# ---------------------------------------------------------------- the objective, and one training step
+
+
+def log_likelihood(x: Tensor, logits: Tensor, likelihood: str, variance: Tensor) -> Tensor:
+    """log p(x|z) of each image, summed over its pixels, in nats (N,).
+
+    bernoulli: a pixel is 1 with probability sigmoid(logit); x may be anything in [0, 1].
+    gaussian: a pixel is normal about sigmoid(logit), with that variance.
+    """
+    if likelihood == "bernoulli":
+        return -F.binary_cross_entropy_with_logits(logits, x, reduction="none").flatten(1).sum(1)
+    squares = (x - logits.sigmoid()).square() / variance
+    return -0.5 * (squares + torch.log(2 * math.pi * variance)).flatten(1).sum(1)
+
+
+def kl_divergence(mu: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(mu, exp(logvar)) || N(0, 1)) of each image, in nats (N,) (arXiv:1312.6114, appendix B)."""
+    return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
+
+
+def best_variance(x: Tensor, logits: Tensor) -> Tensor:
+    """The variance, shared by all pixels, at which a batch is likeliest: its mean squared error (arXiv:2006.13202).
+
+    Detached: at the best variance the likelihood's gradient is the same without the path through it.
+    """
+    return (x - logits.sigmoid()).square().mean().detach().clamp(min=1e-6)
+
+
+def train_step(model: VAE, optimizer: Optimizer, x: Tensor, labels: Tensor | None, opt: argparse.Namespace) -> dict:
+    """Raise E_q[log p(x|z)] - beta KL on a batch, with one sample of z an image; returns the ELBO and its terms."""
+    logits, mu, logvar = model(x, labels)
+    variance = model.variance
+    if opt.likelihood == "gaussian" and opt.sigma == "auto":
+        variance = best_variance(x, logits)
+        model.variance.lerp_(variance, 0.05)  # the test uses this average over some 20 batches
+    log_px = log_likelihood(x, logits, opt.likelihood, variance).mean()
+    kl = kl_divergence(mu, logvar).mean()
+    optimizer.zero_grad()
+    (opt.beta * kl - log_px).backward()
+    optimizer.step()
+    return dict(elbo=(log_px - kl).detach(), log_px=log_px.detach(), kl=kl.detach())
+
+
+@torch.no_grad()
+def test(model: VAE, images: Tensor, labels: Tensor, opt: argparse.Namespace) -> dict[str, float]:
+    """ELBO of the test images and its two terms, in nats per image, and the ELBO in bits per dimension.
+
+    For --likelihood gaussian these are log-densities of pixels in [0, 1].
+    """
+    model.eval()
+    log_px, kl = 0.0, 0.0
+    for x, y in test_batches(images, labels, opt):
+        logits, mu, logvar = model(x, y)
+        log_px += log_likelihood(x, logits, opt.likelihood, model.variance).sum() / len(images)
+        kl += kl_divergence(mu, logvar).sum() / len(images)
+    model.train()
+    elbo = float(log_px - kl)
+    bits = -elbo / math.log(2) / images[0].numel()
+    return dict(test_elbo=elbo, test_log_px=float(log_px), test_kl=float(kl), test_bits_per_dim=bits)
+
+
+@torch.no_grad()
+def importance_weighted_bound(model: VAE, x: Tensor, labels: Tensor | None, k: int, likelihood: str) -> Tensor:
+    """log 1/k sum_i p(x|z_i) p(z_i) / q(z_i|x) of each image, in nats (N,) (arXiv:1509.00519, equation 8).
+
+    One sample at a time, so that memory does not grow with k.
+    """
+    mu, logvar = model.encode(x, labels)
+    total = torch.full((len(x),), -math.inf, device=x.device)
+    for _ in range(k):
+        z = model.reparameterize(mu, logvar)
+        log_q = -0.5 * ((z - mu).square() / logvar.exp() + logvar).sum(1)  # both without log(2 pi) / 2 a number
+        log_prior = -0.5 * z.square().sum(1)
+        log_px = log_likelihood(x, model.decode(z, labels), likelihood, model.variance)
+        total = torch.logaddexp(total, log_px + log_prior - log_q)
+    return total - math.log(k)
+
+
+# ---------------------------------------------------------------- training
+
+
+def train(opt: argparse.Namespace) -> Path:
+    """Train with the options of parse_args; returns the run's folder.
+
+    Raises UserError for what the user can put right; Ctrl-C and SIGTERM save a checkpoint and raise SystemExit.
+    """
+    opt = copy.copy(opt)  # load_data fills in what the data decides
+    device = find_device(opt.device)
+    images, labels, test_images, test_labels = load_data(opt, device)
+    batches = Batches(images, labels, opt.batch_size)  # or a DataLoader of (images in [0, 1], labels), drop_last=True
+
+    torch.manual_seed(opt.seed)
+    model = build(vars(opt)).to(device)
+    if opt.likelihood == "gaussian" and opt.sigma != "auto":
+        model.variance.fill_(opt.sigma**2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=opt.lr, betas=(opt.b1, opt.b2), fused=True)
+    if opt.compile:
+        model.compile()
+
+    # The sample grid comes from fixed z. Given labels, column k is class k and a row shares its z.
+    columns = min(opt.n_classes, 10) if opt.conditional else 10
+    grid_z = (
+        torch.randn(10, opt.latent_dim).repeat_interleave(columns, 0)
+        if opt.conditional
+        else torch.randn(100, opt.latent_dim)
+    )
+    grid_labels = torch.arange(columns, device=device).repeat(10) if opt.conditional else None
+    grid_z = grid_z.to(device)
+    x, y = next(test_batches(test_images[:20], test_labels[:20], opt))  # the same test images are shown each time
+
+    @torch.no_grad()
+    def pictures() -> None:
+        model.eval()
+        run.picture("sample", model.decode(grid_z, grid_labels).sigmoid(), columns)
+        run.picture("recon", torch.cat([x[:10], model.reconstruct(x, y)[:10]]), len(x[:10]))
+        model.train()
+
+    with Run(opt, device, len(batches), model=model, optimizer=optimizer) as run:
+        if run.batches_done == 0:
+            pictures()
+        for _ in run.epochs():
+            for real, labels in run.steps(batches):
+                real = real.bernoulli() if opt.binarize else real
+                run.record(**train_step(model, optimizer, real, labels if opt.conditional else None, opt))
+                if run.batches_done % opt.sample_interval == 0:
+                    pictures()
+            run.extra = test(model, test_images, test_labels, opt)
+        pictures()
+        run.animate("sample", "training.gif")
+        run.animate("recon", "recon.gif")
+        model.eval()
+        draw_latent_space(model, x, y, run.folder)
+        if opt.iw_samples:
+            parts = test_batches(test_images, test_labels, opt)
+            bounds = [importance_weighted_bound(model, *part, opt.iw_samples, opt.likelihood) for part in parts]
+            show("")
+            print(f"importance-weighted test bound with {opt.iw_samples} samples: {torch.cat(bounds).mean():.2f} nats")
+    return run.folder
+
+
+def build(options: dict) -> VAE:
+    names = ("arch", "hidden_dims", "latent_dim", "img_size", "channels")
+    return VAE(
+        **{name: options[name] for name in names}, n_classes=options["n_classes"] if options["conditional"] else 0
+    )
+
+
+def test_batches(images: Tensor, labels: Tensor, opt: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Images as in training, 500 at a time, and their labels if the model is given labels."""
+    for part, y in zip(images.split(500), labels.split(500)):
+        x = part.float() / 255
+        yield x.bernoulli() if opt.binarize else x, y if opt.conditional else None
+
+
+@torch.no_grad()
+def draw_latent_space(model: VAE, x: Tensor, labels: Tensor | None, folder: Path) -> None:
+    """interpolation.png: straight lines in latent space from image to image; with 2 latent dimensions manifold.png."""
+    n = len(x) // 2
+    mu, _ = model.encode(x, labels)
+    t = torch.linspace(0, 1, 10, device=x.device)[:, None]
+    z = torch.lerp(mu[:n, None], mu[n : 2 * n, None], t).flatten(0, 1)
+    y = None if labels is None else labels[:n].repeat_interleave(10)
+    if n:
+        save_image(model.decode(z, y).sigmoid(), folder / "interpolation.png", nrow=10)
+    if model.latent_dim == 2:  # equal steps of probability, through the inverse normal CDF (arXiv:1312.6114, figure 4)
+        steps = torch.special.ndtri((torch.arange(20, device=x.device) + 0.5) / 20)
+        y = None if labels is None else torch.zeros(400, dtype=torch.long, device=x.device)
+        save_image(model.decode(torch.cartesian_prod(steps, steps), y).sigmoid(), folder / "manifold.png", nrow=20)
+
+
+# ---------------------------------------------------------------- using what was trained
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> VAE:
+    """The model of a run folder or checkpoint, in eval mode; `.options` are those it was trained with.
+
+    Raises UserError if the path has none.
+    """
+    state = read_checkpoint(path)
+    model = build(state["options"])
+    model.load_state_dict(state["model"])
+    model.options = state["options"]
+    return model.to(device).eval().requires_grad_(False)
+
+
+def generate(opt: argparse.Namespace) -> Path:
+    """Write opt.generate images; given labels, a sub-folder a class, evenly. Returns their folder."""
+    device = find_device(opt.device)
+    model = load(opt.resume, device)
+    folder = new_folder(checkpoint_file(opt.resume).parent / "generated")
+    torch.manual_seed(opt.seed)
+    classes = sorted(set(opt.labels or range(opt.n_classes)))[: opt.generate] if opt.conditional else [None]
+    for k, label in enumerate(classes):
+        place = folder if label is None else folder / f"{label:0{len(str(opt.n_classes - 1))}}"  # sorted as classes are
+        n = opt.generate // len(classes) + (k < opt.generate % len(classes))
+        for first in range(0, n, 500):
+            m = min(500, n - first)
+            labels = None if label is None else torch.full((m,), label, device=device)
+            write_images(model.sample(m, labels), place, first)
+    print(f"{opt.generate} images in {folder}")
+    return folder
+
+
+def reconstruct(opt: argparse.Namespace) -> Path:
+    """Write each image of the folder opt.reconstruct beside its reconstruction; returns the folder of these pictures.
+
+    A model trained with labels takes them from the sub-folders, one a class.
+    """
+    device = find_device(opt.device)
+    model = load(opt.resume, device)
+    if opt.conditional:
+        given = open_folder(opt.reconstruct)
+        if len(given.classes) != opt.n_classes:
+            raise UserError(
+                f"--reconstruct {opt.reconstruct}: the model needs {opt.n_classes} sub-folders, one a class"
+            )
+        samples = given.samples
+    else:
+        files = sorted(file for file in Path(opt.reconstruct).rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+        samples = [(str(file), 0) for file in files]
+    if not samples:
+        raise UserError(f"--reconstruct {opt.reconstruct}: there is no image in it")
+    images, labels = decode_files(samples, opt)
+    images = as_channels(images, opt.channels).to(device)
+    folder = new_folder(checkpoint_file(opt.resume).parent / "reconstructed")
+    for i, (x, y) in enumerate(test_batches(images, labels.to(device), opt)):
+        write_images(torch.cat([x, model.reconstruct(x, y)], 3), folder, i * 500)
+    print(f"{len(images)} images beside their reconstructions in {folder}")
+    return folder
+
+
+# ---------------------------------------------------------------- the plumbing
+# What stands between "block" and "end of block" is the same in every script of the collection, to the letter.
+
+
+# --- block: options
+class UserError(Exception):
+    """What only the user can put right. Run as a command, the script prints it in one line and ends."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")  # one line, without the usage
+
+
+def number(kind: type, low: float = 0, above: float = -1, below: float = 2**31) -> Callable[[str], float]:
+    """An argparse type: an int or float that is at least `low`, greater than `above` and less than `below`."""
+    wanted = "whole number" if kind is int else "number"
+    wanted += (f" above {above}" if above >= 0 else f" of {low} or more") + f" and below {below}"
+
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if low <= (value := kind(text)) < below and value > above:  # false for nan
+                return value
+        raise argparse.ArgumentTypeError(f"{text} is not a {wanted}")
+
+    return parse
+
+
+def finish_options(parser: Parser, argv: list[str] | None, instead: tuple, free: tuple) -> argparse.Namespace:
+    """Parse argv; with --resume, take from the checkpoint what the command line may not change.
+
+    `instead` names the options that do something else than train, `free` those that may change for it.
+    """
+    may_change = {"resume", "n_epochs", "sample_interval", "n_cpu", "data_dir", "device", "compile", *instead}
+    opt = parser.parse_args(argv)
+    # argparse leaves attributes that are there alone: what is not None after this stood on the command line.
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(opt)))))
+    given = {name: value for name, value in given.items() if value is not None}
+    other = next((name for name in instead if name in given), None)
+    if opt.resume:
+        saved = read_checkpoint(opt.resume)["options"]
+        for name in given.keys() - may_change - set(free if other else ()):
+            if given[name] != saved[name]:
+                parser.error(f"--{name} {given[name]}: {opt.resume} has {saved[name]}; leave it out or start a new run")
+        opt = argparse.Namespace(**saved | dict.fromkeys(["resume", *instead]) | given)
+    elif other:
+        parser.error(f"--{other} needs --resume with the run folder to take the model from")
+    opt.dataset_given = "dataset" in given
+    if opt.dataset not in DATASETS and not Path(opt.dataset).is_dir():
+        parser.error(f"--dataset {opt.dataset}: not a folder, and not one of {', '.join(DATASETS)}")
+    try:
+        find_device(opt.device)
+    except UserError as e:
+        parser.error(str(e))
+    return opt
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; auto is the accelerator if there is one, else the CPU."""
+    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    if name == "auto":
+        return best
+    with contextlib.suppress(RuntimeError):
+        device = torch.device(name)
+        if device.type in ("cpu", best.type):
+            return torch.empty(0, device=device).device
+    raise UserError(f"--device {name}: not on this machine, which has {best}; --device auto takes what is there")
+
+
+# --- end of block
+
+
+# --- block: data
+IDX_FILES = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+CIFAR_FILES = ["batches.meta", "test_batch", *(f"data_batch_{i}" for i in range(1, 6))]
+DATASETS = {  # name: class in torchvision, folder in --data_dir, files in that folder
+    "mnist": ("MNIST", "MNIST/raw", IDX_FILES),
+    "fashion_mnist": ("FashionMNIST", "FashionMNIST/raw", IDX_FILES),
+    "cifar10": ("CIFAR10", "cifar-10-batches-py", CIFAR_FILES),
+    "digits": ("", "", []),
+}
+
+
+def draw_digits(n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """n pictures of digits, turned, scaled, sheared and shifted at random: uint8 (n, 1, 28, 28), labels (n,)."""
+    random = torch.Generator().manual_seed(seed)
+    images = torch.empty(n, 1, 28, 28, dtype=torch.uint8)
+    for digit in range(10):
+        glyph = Image.new("L", (72, 72))
+        ImageDraw.Draw(glyph).text((36, 36), str(digit), 255, ImageFont.load_default(72), anchor="mm", stroke_width=1)
+        m = len(images[digit::10])
+        turn, wide, high, shear, x, y = torch.rand(6, m, generator=random) * 2 - 1
+        turn, wide, high = 0.25 * turn, 1 + 0.15 * wide, 1 + 0.1 * high
+        # For each picture, the matrix that maps its pixels to points of the glyph, both from -1 to 1.
+        row_x = [wide * turn.cos(), wide * (turn.sin() + 0.2 * shear), 0.1 * x]
+        row_y = [-high * turn.sin(), high * turn.cos(), 0.1 * y]
+        grid = F.affine_grid(torch.stack(row_x + row_y, 1).view(m, 2, 3), [m, 1, 28, 28], align_corners=False)
+        source = pil_to_tensor(glyph).float().expand(m, 1, 72, 72)
+        images[digit::10] = F.grid_sample(source, grid, align_corners=False).round().byte()
+    return images, torch.arange(n) % 10
+
+
+def download(name: str, data_dir: Path) -> bool:
+    """Fetch a data set into data_dir; True if it arrived. What did not arrive whole leaves nothing behind.
+
+    A child process does it and is ended 20 s after its last byte: a network that swallows packets would hang it.
+    """
+    kind, folder, files = DATASETS[name]
+    code = "import sys, torchvision; getattr(torchvision.datasets, sys.argv[1])(sys.argv[2], download=True)"
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=data_dir) as temporary:
+        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        child = subprocess.Popen([sys.executable, "-c", code, kind, temporary], **quiet)
+        size, last_byte = 0, time.monotonic()
+        try:
+            while child.poll() is None and time.monotonic() < last_byte + 20:
+                time.sleep(0.1)
+                now = sum(file.stat().st_size for file in Path(temporary).rglob("*"))
+                if now > size:
+                    size, last_byte = now, time.monotonic()
+                    show(f"downloading {name}: {size / 1e6:.0f} MB")
+        finally:
+            child.kill()
+        if arrived := child.wait() == 0:
+            (data_dir / folder).mkdir(parents=True, exist_ok=True)
+            for file in files:
+                os.replace(Path(temporary, folder, file), data_dir / folder / file)
+    with contextlib.suppress(OSError):
+        data_dir.rmdir()  # if it is empty
+    return arrived
+
+
+def read_named(opt: argparse.Namespace, train: bool) -> tuple[Tensor, Tensor]:
+    """The training or test split of a named data set: uint8 (N, C, img_size, img_size), labels (N,).
+
+    If MNIST was not asked for by name and cannot be had, opt.dataset becomes "digits".
+    """
+    kind, folder, files = DATASETS[opt.dataset]
+    place = Path(opt.data_dir, folder)
+    if not all((place / file).is_file() for file in files) and not download(opt.dataset, Path(opt.data_dir)):
+        lacking = f"cannot be downloaded; put {', '.join(files)} into {place}, or use --dataset digits"
+        if opt.dataset_given or opt.resume or opt.dataset != "mnist":
+            raise UserError(f"--dataset {opt.dataset}: {lacking}")
+        show("")
+        print(f"warning: MNIST is not in {place} and cannot be downloaded: using --dataset digits", file=sys.stderr)
+        opt.dataset = "digits"
+    if opt.dataset == "digits":
+        images, labels = draw_digits(10_000, seed=0) if train else draw_digits(2_000, seed=1)
+    else:
+        try:
+            data = getattr(torchvision.datasets, kind)(opt.data_dir, train=train)
+            images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
+            images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+            assert len(images) == len(labels), "not as many labels as images"
+        except Exception as e:  # torchvision raises many kinds for a damaged file
+            raise UserError(f"{place}: a file is damaged ({first_line(e)}); delete the folder to download again") from e
+    size = [opt.img_size, opt.img_size]
+    return torch.cat([resize(part, size, antialias=True) for part in images.split(1000)]), labels
+
+
+class Decoder(torch.utils.data.Dataset):
+    """Item k is the k-th 64 of the image files: uint8 (64, 1 or 3, size, size), or a message naming a broken file."""
+
+    def __init__(self, files: tuple[str, ...], size: int):
+        self.files, self.size = files, (size, size)
+
+    def __len__(self) -> int:
+        return -(-len(self.files) // 64)
+
+    def __getitem__(self, k: int) -> Tensor | str:
+        images = []
+        for file in self.files[k * 64 : (k + 1) * 64]:
+            try:
+                with Image.open(file) as image:
+                    image = ImageOps.exif_transpose(image).convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+                    images.append(pil_to_tensor(ImageOps.fit(image, self.size, Image.Resampling.BILINEAR)))
+            except Exception as e:  # Pillow raises many kinds for a broken file
+                return f"{file}: cannot be read as an image ({first_line(e)}); repair or remove it"
+        channels = max(len(image) for image in images)
+        return torch.stack([image.expand(channels, -1, -1) for image in images])
+
+
+def open_folder(path: str) -> torchvision.datasets.ImageFolder:
+    """A folder with one sub-folder of images a class: `.samples` is a list of (file, label), `.classes` the names."""
+    try:
+        return torchvision.datasets.ImageFolder(path)
+    except FileNotFoundError as e:
+        raise UserError(f"{path}: not a folder with one sub-folder of images a class ({first_line(e)})") from e
+
+
+def decode_files(samples: list[tuple[str, int]], opt: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Image files, cut to a square about the centre: uint8 (N, C, img_size, img_size), labels (N,).
+
+    C is 3 if any image is coloured, else 1.
+    """
+    files, labels = zip(*samples)
+    chunks, done = Decoder(files, opt.img_size), 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(opt.n_cpu, cores, len(chunks) // 16)  # a process is not worth its start for 1000 files
+    images = torch.empty(len(files), 1, opt.img_size, opt.img_size, dtype=torch.uint8)
+    for chunk in torch.utils.data.DataLoader(chunks, batch_size=None, num_workers=workers):
+        if isinstance(chunk, str):
+            raise UserError(chunk)
+        if chunk.shape[1] > images.shape[1]:  # the first coloured image: what is grey so far gets three channels
+            grey, images = images[:done], images.new_empty(len(files), 3, opt.img_size, opt.img_size)
+            images[:done] = grey
+        images[done : done + len(chunk)] = chunk
+        done += len(chunk)
+        show(f"decoding {done:,} of {len(files):,} images")
+    return images, torch.tensor(labels)
+
+
+def check_data(opt: argparse.Namespace, images: Tensor, n_classes: int) -> None:
+    """Set opt.channels, n_classes and n_images to what the data has; refuse options that contradict it."""
+    for name, found in (("channels", images.shape[1]), ("n_classes", n_classes)):
+        if getattr(opt, name) not in (None, found):
+            raise UserError(f"--{name} {getattr(opt, name)}: {opt.dataset} has {found}; leave the option out")
+        setattr(opt, name, found)
+    opt.n_images = len(images)
+    if opt.batch_size > opt.n_images:
+        raise UserError(f"--batch_size {opt.batch_size}: {opt.dataset} has only {opt.n_images} images to train on")
+
+
+class Batches:
+    """Shuffled (images in [0, 1], labels) of a uint8 data set, made on its device. The short last batch is left out."""
+
+    def __init__(self, images: Tensor, labels: Tensor, batch_size: int):
+        self.images, self.labels, self.batch_size = images, labels, batch_size
+
+    def __len__(self) -> int:
+        return len(self.images) // self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(self.images), device=self.images.device)
+        for rows in order.split(self.batch_size)[: len(self)]:
+            yield self.images[rows].float() / 255, self.labels[rows]
+
+
+# --- end of block
+
+
+def load_data(opt: argparse.Namespace, device: torch.device) -> list[Tensor]:
+    """Training images and labels, test images and labels: uint8 (N, C, img_size, img_size) and (N,).
+
+    Sets what opt lacks of them. Of a folder, every tenth image is for the test.
+    """
+    if opt.dataset in DATASETS:
+        data = [*read_named(opt, train=True), *read_named(opt, train=False)]
+        check_data(opt, data[0], n_classes=10)
+    else:
+        folder = open_folder(opt.dataset)
+        train_samples = [sample for i, sample in enumerate(folder.samples) if i % 10]
+        if not train_samples:
+            raise UserError(f"--dataset {opt.dataset}: one image is not enough, as every tenth is held out")
+        data = [*decode_files(train_samples, opt), *decode_files(folder.samples[::10], opt)]
+        check_data(opt, data[0], len(folder.classes))
+        data[2] = as_channels(data[2], opt.channels)
+    return [tensor.to(device) for tensor in data]
+
+
+def as_channels(images: Tensor, channels: int) -> Tensor:
+    """Make colour images grey or grey ones three equal channels, if need be."""
+    return rgb_to_grayscale(images) if channels < images.shape[1] else images.expand(-1, channels, -1, -1)
+
+
+# --- block: run
+class Run:
+    """A training's place on disk and its position in time: run folder, log, checkpoint, pictures, what is printed.
+
+    `parts` is what a checkpoint must hold, each with state_dict and load_state_dict. As a context manager it takes
+    Ctrl-C and SIGTERM: the batch at hand is finished, a checkpoint written and SystemExit raised.
+    """
+
+    def __init__(self, opt: argparse.Namespace, device: torch.device, per_epoch: int, **parts):
+        self.opt, self.device, self.per_epoch, self.parts = opt, device, per_epoch, parts
+        self.models = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+        self.epoch = self.batch = self.batches_done = 0  # epochs done, batches of this epoch done, batches done in all
+        self.seconds, self.totals, self.extra = 0.0, {}, {}  # of this epoch: time, summed losses, more for its log row
+        self.epoch_random = random_state(device)  # before this epoch's shuffle
+        self.resumed, self.signal, self.last_report = {}, 0, 0.0
+        if opt.resume:
+            self.folder = checkpoint_file(opt.resume).parent
+            self.restore(read_checkpoint(opt.resume))
+        else:
+            try:
+                self.folder = new_folder(Path(opt.out_dir), "images")
+            except OSError as e:
+                raise UserError(f"--out_dir {opt.out_dir}: {e.strerror}; name a folder that can be written") from e
+            self.save()
+        shape = f"{opt.channels}x{opt.img_size}x{opt.img_size}"
+        print(f"{SCRIPT} --arch {opt.arch} on {device}: {opt.dataset}, {opt.n_images:,} images of {shape}")
+        sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in self.models.items()}
+        print("parameters:", ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
+        print(f"writing to {self.folder}", flush=True)
+
+    def __enter__(self) -> "Run":
+        main = threading.current_thread() is threading.main_thread()  # elsewhere signals cannot be taken
+        self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM) if main}
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if kind is None:
+            show("")
+            print(f"pictures: {self.folder / 'images'}\ncheckpoint: {self.folder / 'checkpoint.pt'}")
+            print(f"generate: python {Path(__file__).name} --resume {self.folder} --generate 100", flush=True)
+
+    def on_signal(self, number: int, frame) -> None:
+        self.signal = number
+        signal.signal(number, self.handlers[number])  # a second one ends the program at once
+
+    def epochs(self) -> Iterator[int]:
+        """Yield the epochs that are left. Each ends with a row in log.csv and a checkpoint."""
+        for epoch in range(self.epoch, self.opt.n_epochs):
+            yield epoch
+            row = dict(epoch=epoch + 1, batches_done=self.batches_done) | self.losses() | self.extra
+            row |= dict(seconds=round(self.seconds, 2), images_per_second=round(self.rate()))
+            self.report()
+            with open(self.folder / "log.csv", "a", newline="") as file:
+                log = csv.DictWriter(file, row)
+                if not file.tell():
+                    log.writeheader()
+                log.writerow(row)
+            self.epoch, self.batch, self.seconds, self.totals, self.extra = epoch + 1, 0, 0.0, {}, {}
+            self.epoch_random = random_state(self.device)
+            self.save()
+
+    def steps(self, batches: Iterable) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches that are left of this epoch, on the device."""
+        first, start = self.batch, time.monotonic() - self.seconds
+        if self.resumed:  # this epoch's shuffle as it was, then the noise from where it was
+            set_random_state(self.epoch_random, self.device)
+        for i, (images, labels) in enumerate(batches):
+            if i < first:
+                continue
+            if i == first > 0:
+                set_random_state(self.resumed["random"], self.device)
+            if self.signal:
+                self.save()
+                show("")
+                print(f"stopped; to go on: python {Path(__file__).name} --resume {self.folder}", flush=True)
+                raise SystemExit(128 + self.signal)
+            self.batch, self.batches_done = i + 1, self.batches_done + 1
+            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+            self.seconds = time.monotonic() - start
+            on_screen = sys.stdout.isatty() and time.monotonic() > self.last_report + 0.2
+            if on_screen or not sys.stdout.isatty() and self.batches_done % self.opt.sample_interval == 0:
+                self.report()
+        self.resumed = {}
+
+    def record(self, **losses: Tensor) -> None:
+        """Add up losses on the device, without waiting for it."""
+        self.totals = {name: self.totals.get(name, 0) + loss for name, loss in losses.items()}
+
+    def losses(self) -> dict[str, float]:
+        """Mean losses of this epoch so far. Waits for the device."""
+        means = {name: float(total) / self.batch for name, total in self.totals.items()}
+        self.demand_finite(all(map(math.isfinite, means.values())), "a loss")
+        return means
+
+    def demand_finite(self, finite: bool, what: str) -> None:
+        if not finite:
+            place = f"batch {self.batch} of epoch {self.epoch + 1}"
+            raise UserError(f"{what} is not finite at {place}; the checkpoint before is kept; try a lower --lr")
+
+    def rate(self) -> float:
+        return self.batch * self.opt.batch_size / max(self.seconds, 1e-9)
+
+    def report(self) -> None:
+        losses = "  ".join(f"{name} {mean:.4f}" for name, mean in (self.losses() | self.extra).items())
+        left = ((self.opt.n_epochs - self.epoch) * self.per_epoch - self.batch) * self.opt.batch_size / self.rate()
+        text = f"epoch {self.epoch + 1}/{self.opt.n_epochs}  batch {self.batch}/{self.per_epoch}  {losses}"
+        text += f"  {self.rate():,.0f} images/s  {datetime.timedelta(seconds=round(left))} left"
+        self.last_report = time.monotonic()
+        show(text) if sys.stdout.isatty() else print(text, flush=True)
+
+    def save(self) -> None:
+        """Write checkpoint.pt in one piece: until the new one is whole, the old one stays."""
+        self.losses()
+        weights = [p for model in self.models.values() for p in model.parameters()]
+        self.demand_finite(all(p.isfinite().all() for p in weights), "a weight")
+        position = ("epoch", "batch", "batches_done", "seconds", "totals", "epoch_random")
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= dict(script=SCRIPT, options=vars(self.opt), position={name: getattr(self, name) for name in position})
+        state |= dict(random=random_state(self.device))
+        file, temporary = self.folder / "checkpoint.pt", self.folder / "checkpoint.tmp"
+        try:
+            with open(temporary, "wb") as f:
+                torch.save(state, f)
+                os.fsync(f.fileno())
+            os.replace(temporary, file)
+        except (OSError, RuntimeError) as e:
+            temporary.unlink(missing_ok=True)
+            raise UserError(f"{file}: cannot be written ({first_line(e)}); the one before, if any, is kept") from e
+
+    def restore(self, state: dict) -> None:
+        """Go back to where a checkpoint was written; what the log has of later epochs will be done again."""
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        for name, value in state["position"].items():
+            setattr(self, name, value)
+        self.totals = {name: total.to(self.device) for name, total in self.totals.items()}
+        self.resumed = state
+        log = self.folder / "log.csv"
+        if log.exists():
+            log.write_text("".join(log.read_text().splitlines(keepends=True)[: self.epoch + 1]))
+
+    def picture(self, name: str, images: Tensor, columns: int) -> None:
+        """Save images (N, C, H, W) in [0, 1] as a grid, named after the batches done."""
+        save_image(images, self.folder / "images" / f"{name}_{self.batches_done:06}.png", nrow=columns)
+
+    def animate(self, name: str, file: str) -> None:
+        """Make a GIF of the pictures of that name, at most 100 of them, evenly spread."""
+        paths = sorted((self.folder / "images").glob(f"{name}_*.png"))
+        chosen = torch.linspace(0, len(paths) - 1, min(len(paths), 100)).round().int().tolist()
+        frames = [Image.open(paths[i]) for i in chosen]
+        durations = [100] * (len(frames) - 1) + [2000]  # milliseconds; the last one stays
+        frames[0].save(self.folder / file, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+
+
+def show(text: str) -> None:
+    """On a terminal, replace the line by this text."""
+    if sys.stdout.isatty():
+        print(f"\r{text[: shutil.get_terminal_size().columns - 1]}\033[K", end="", flush=True)
+
+
+def first_line(e: Exception) -> str:
+    return (str(e) or type(e).__name__).splitlines()[0]
+
+
+def new_folder(path: Path, claim: str = "") -> Path:
+    """Make path/claim and return path; if path is in use, path-2, path-3, ...: nothing is ever overwritten."""
+    for n in itertools.count(1):
+        folder = path if n == 1 else path.with_name(f"{path.name}-{n}")
+        if not (folder.is_dir() and any(folder.iterdir())):
+            with contextlib.suppress(FileExistsError):
+                (folder / claim).mkdir(parents=True)
+                return folder
+
+
+def write_images(images: Tensor, folder: Path, first: int) -> None:
+    """Write images (N, C, H, W) in [0, 1] as PNG files, numbered from `first`."""
+    folder.mkdir(exist_ok=True)
+    for i, image in enumerate((images * 255).round().byte().cpu()):
+        to_pil_image(image).save(folder / f"{first + i:06}.png")
+
+
+def checkpoint_file(path: str | Path) -> Path:
+    return Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """The checkpoint in a run folder or file. Raises UserError if it is missing, damaged or another script's."""
+    file = checkpoint_file(path)
+    if not file.is_file():
+        raise UserError(f"{file}: there is no such file; give a run folder or its checkpoint.pt")
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        made_by = state["script"]
+    except Exception as e:  # torch.load raises many kinds for a damaged file
+        raise UserError(f"{file}: not a checkpoint, or a damaged one ({first_line(e)})") from e
+    if made_by != SCRIPT:
+        raise UserError(f"{file}: made by {made_by}.py, so {SCRIPT}.py cannot use it")
+    return state
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    return state if device.type == "cpu" else state | {device.type: torch.get_device_module(device).get_rng_state()}
+
+
+def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type != "cpu" and device.type in state:
+        torch.get_device_module(device).set_rng_state(state[device.type])
+
+
+# --- end of block
+
+
+def main() -> None:
+    try:
+        opt = parse_args()
+        if opt.reconstruct:
+            reconstruct(opt)
+        elif opt.generate:
+            generate(opt)
+        else:
+            train(opt)
+    except (UserError, OSError) as e:
+        show("")
+        sys.exit(f"{SCRIPT}.py: error: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
