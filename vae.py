@@ -166,6 +166,13 @@ class VAE(nn.Module):
         return self.decode(self.reparameterize(mu, logvar), labels), mu, logvar
 
     @torch.no_grad()
+    def start_from(self, mean: Tensor) -> None:
+        """Let decoded images be about this one (channels, img_size, img_size) at first (arXiv:1509.00519)."""
+        last = [layer for layer in self.decoder if hasattr(layer, "bias")][-1]
+        logits = mean.clamp(0.001, 0.999).logit()
+        last.bias.copy_(logits.flatten() if isinstance(last, nn.Linear) else logits.mean((1, 2)))
+
+    @torch.no_grad()
     def sample(self, n: int, labels: Tensor | None = None) -> Tensor:
         """n new images, in [0, 1]."""
         return self.decode(torch.randn(n, self.latent_dim, device=self.variance.device), labels).sigmoid()
@@ -303,6 +310,7 @@ def train(opt: argparse.Namespace) -> Path:
 
     torch.manual_seed(opt.seed)
     model = build(vars(opt)).to(device)
+    model.start_from(images[:: len(images) // 1000 + 1].float().mean(0) / 255)
     if opt.likelihood == "gaussian" and opt.sigma != "auto":
         model.variance.fill_(opt.sigma**2)
     optimizer = torch.optim.Adam(model.parameters(), lr=opt.lr, betas=(opt.b1, opt.b2), fused=True)

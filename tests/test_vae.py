@@ -190,6 +190,14 @@ def test_shapes(vae, arch, channels, img_size, n_classes):
         assert images.shape == x.shape and 0 <= images.min() and images.max() <= 1
 
 
+@pytest.mark.parametrize("arch", ARCHES)
+def test_it_starts_from_the_mean_image(vae, arch):
+    model = vae.VAE(arch, [d // 8 for d in ARCHES[arch]], 5, 16, 3)
+    mean = torch.tensor([0.1, 0.5, 0.9])[:, None, None].expand(3, 16, 16)
+    model.start_from(mean)
+    assert (model.sample(50).mean(0) - mean).abs().mean() < 0.05
+
+
 def conv(a, b, side):
     return a * b * side**2 + b
 
