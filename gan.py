@@ -24,6 +24,7 @@ import contextlib
 import copy
 import csv
 import datetime
+import functools
 import itertools
 import math
 import os
@@ -38,6 +39,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
@@ -162,6 +164,7 @@ def generator_step(G: nn.Module, D: nn.Module, opt_G: Optimizer, z: Tensor) -> t
     loss = F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
     opt_G.zero_grad()
     loss.backward(inputs=list(G.parameters()), retain_graph=True)
+    mean_gradients(G)
     opt_G.step()
     return loss.detach(), fake_logits
 
@@ -177,6 +180,7 @@ def discriminator_step(D: nn.Module, opt_D: Optimizer, real: Tensor, fake_logits
     loss = (loss_real + loss_fake) / 2
     opt_D.zero_grad()
     loss.backward(inputs=list(D.parameters()))
+    mean_gradients(D)
     opt_D.step()
     return loss.detach()
 
@@ -198,6 +202,7 @@ def train(opt: argparse.Namespace) -> Path:
     Raises UserError for what the user can put right; Ctrl-C and SIGTERM save a checkpoint and raise SystemExit.
     """
     opt = copy.copy(opt)  # load_data fills in what the data decides
+    join_processes()
     device = find_device(opt.device)
     images, labels = load_data(opt, device)
     batches = Batches(images, labels, opt.batch_size)  # or a DataLoader of (images in [0, 1], labels), drop_last=True
@@ -208,6 +213,7 @@ def train(opt: argparse.Namespace) -> Path:
     G_avg = copy.deepcopy(G).eval()
     opt_G = torch.optim.Adam(G.parameters(), lr=opt.lr, betas=(opt.b1, opt.b2), fused=True)
     opt_D = torch.optim.Adam(D.parameters(), lr=opt.lr, betas=(opt.b1, opt.b2), fused=True)
+    distribute(G, D)
     if opt.compile:
         G.compile()
         D.compile()
@@ -218,7 +224,7 @@ def train(opt: argparse.Namespace) -> Path:
             run.picture("sample", draw(G_avg, grid_z), 5)
         for _ in run.epochs():
             for real, _ in run.steps(batches):
-                z = torch.randn(opt.batch_size, opt.latent_dim, device=device)
+                z = share(torch.randn(opt.batch_size, opt.latent_dim, device=device))
                 g_loss, fake_logits = generator_step(G, D, opt_G, z)
                 d_loss = discriminator_step(D, opt_D, real * 2 - 1, fake_logits)
                 average(G_avg, G, opt.ema, run.batches_done)
@@ -267,6 +273,85 @@ def generate(opt: argparse.Namespace) -> Path:
 
 # ---------------------------------------------------------------- the plumbing
 # What stands between "block" and "end of block" is the same in every script of the collection, to the letter.
+
+
+# --- block: processes
+# torchrun starts a script several times and tells each process which one it is. All draw the same shuffle, noise and
+# dropout for the whole batch and use their own rows, so that K processes do what one does, up to rounding.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def share(batch: Tensor) -> Tensor:
+    """This process's rows of a whole batch."""
+    return batch.chunk(WORLD)[RANK]
+
+
+def mean_gradients(model: nn.Module) -> None:
+    """Replace gradients by their means over the processes: those of the whole batch, as losses are means over rows."""
+    for p in model.parameters() if WORLD > 1 else ():
+        dist.all_reduce(p.grad)
+        p.grad /= WORLD
+
+
+def join_processes() -> None:
+    if WORLD > 1 and not dist.is_initialized():
+        if torch.accelerator.is_available():
+            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()
+
+
+def distribute(*models: nn.Module) -> None:
+    """Let batch norm and dropout in training act on the whole batch."""
+    for module in itertools.chain(*(model.modules() for model in models)) if WORLD > 1 else ():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            module.forward = functools.partial(whole_batch_norm, module)
+        if isinstance(module, nn.Dropout):
+            module.forward = functools.partial(whole_batch_dropout, module)
+
+
+class Sum(torch.autograd.Function):
+    """Sum over the processes: of values going forward, of gradients going back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        dist.all_reduce(x := x.clone())
+        return x
+
+    backward = forward
+
+
+def whole_batch_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d, x: Tensor) -> Tensor:
+    if not norm.training:
+        return type(norm).forward(norm, x)
+    over, n = [d for d in range(x.ndim) if d != 1], x.numel() // x.shape[1] * WORLD
+    mean = Sum.apply(x.sum(over, keepdim=True)) / n
+    variance = Sum.apply((x - mean).square().sum(over, keepdim=True)) / n
+    norm.running_mean.lerp_(mean.detach().flatten(), norm.momentum)
+    norm.running_var.lerp_(variance.detach().flatten() * n / (n - 1), norm.momentum)
+    norm.num_batches_tracked += 1
+    weight, bias = norm.weight.view(mean.shape[1:]), norm.bias.view(mean.shape[1:])
+    return (x - mean) * (variance + norm.eps).rsqrt() * weight + bias
+
+
+def whole_batch_dropout(dropout: nn.Dropout, x: Tensor) -> Tensor:
+    ones = torch.ones(len(x) * WORLD, *x.shape[1:], device=x.device)
+    return x * share(F.dropout(ones, dropout.p, dropout.training))
+
+
+def say(text: str, file=None) -> None:
+    """Print a line, from one process."""
+    if RANK == 0:
+        show("")
+        print(text, file=file or sys.stdout, flush=True)
+
+
+def show(text: str) -> None:
+    """On a terminal, replace the line by this text."""
+    if RANK == 0 and sys.stdout.isatty():
+        print(f"\r{text[: shutil.get_terminal_size().columns - 1]}\033[K", end="", flush=True)
+
+
+# --- end of block
 
 
 # --- block: options
@@ -325,10 +410,8 @@ def finish_options(parser: Parser, argv: list[str] | None, instead: tuple, free:
 def find_device(name: str) -> torch.device:
     """The device of that name; auto is the accelerator if there is one, else the CPU."""
     best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    if name == "auto":
-        return best
     with contextlib.suppress(RuntimeError):
-        device = torch.device(name)
+        device = best if name == "auto" else torch.device(name)
         if device.type in ("cpu", best.type):
             return torch.empty(0, device=device).device
     raise UserError(f"--device {name}: not on this machine, which has {best}; --device auto takes what is there")
@@ -408,8 +491,7 @@ def read_named(opt: argparse.Namespace, train: bool) -> tuple[Tensor, Tensor]:
         lacking = f"cannot be downloaded; put {', '.join(files)} into {place}, or use --dataset digits"
         if opt.dataset_given or opt.resume or opt.dataset != "mnist":
             raise UserError(f"--dataset {opt.dataset}: {lacking}")
-        show("")
-        print(f"warning: MNIST is not in {place} and cannot be downloaded: using --dataset digits", file=sys.stderr)
+        say(f"warning: MNIST is not in {place} and cannot be downloaded: using --dataset digits", sys.stderr)
         opt.dataset = "digits"
     if opt.dataset == "digits":
         images, labels = draw_digits(10_000, seed=0) if train else draw_digits(2_000, seed=1)
@@ -486,6 +568,8 @@ def check_data(opt: argparse.Namespace, images: Tensor, n_classes: int) -> None:
     opt.n_images = len(images)
     if opt.batch_size > opt.n_images:
         raise UserError(f"--batch_size {opt.batch_size}: {opt.dataset} has only {opt.n_images} images to train on")
+    if opt.batch_size % WORLD:
+        raise UserError(f"--batch_size {opt.batch_size}: cannot be shared evenly among {WORLD} processes")
 
 
 class Batches:
@@ -538,15 +622,18 @@ class Run:
             self.restore(read_checkpoint(opt.resume))
         else:
             try:
-                self.folder = new_folder(Path(opt.out_dir), "images")
+                folder = [new_folder(Path(opt.out_dir), "images") if RANK == 0 else None]
             except OSError as e:
                 raise UserError(f"--out_dir {opt.out_dir}: {e.strerror}; name a folder that can be written") from e
+            if WORLD > 1:
+                dist.broadcast_object_list(folder)
+            self.folder = folder[0]
             self.save()
         shape = f"{opt.channels}x{opt.img_size}x{opt.img_size}"
-        print(f"{SCRIPT} --arch {opt.arch} on {device}: {opt.dataset}, {opt.n_images:,} images of {shape}")
+        say(f"{SCRIPT} --arch {opt.arch} on {device}: {opt.dataset}, {opt.n_images:,} images of {shape}")
         sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in self.models.items()}
-        print("parameters:", ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
-        print(f"writing to {self.folder}", flush=True)
+        say("parameters: " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
+        say(f"writing to {self.folder}")
 
     def __enter__(self) -> "Run":
         main = threading.current_thread() is threading.main_thread()  # elsewhere signals cannot be taken
@@ -557,9 +644,10 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if kind is None:
-            show("")
-            print(f"pictures: {self.folder / 'images'}\ncheckpoint: {self.folder / 'checkpoint.pt'}")
-            print(f"generate: python {Path(__file__).name} --resume {self.folder} --generate 100", flush=True)
+            say(f"pictures: {self.folder / 'images'}\ncheckpoint: {self.folder / 'checkpoint.pt'}")
+            say(f"generate: python {Path(__file__).name} --resume {self.folder} --generate 100")
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
     def on_signal(self, number: int, frame) -> None:
         self.signal = number
@@ -572,7 +660,7 @@ class Run:
             row = dict(epoch=epoch + 1, batches_done=self.batches_done) | self.losses() | self.extra
             row |= dict(seconds=round(self.seconds, 2), images_per_second=round(self.rate()))
             self.report()
-            with open(self.folder / "log.csv", "a", newline="") as file:
+            with open(self.folder / "log.csv" if RANK == 0 else os.devnull, "a", newline="") as file:
                 log = csv.DictWriter(file, row)
                 if not file.tell():
                     log.writeheader()
@@ -591,18 +679,29 @@ class Run:
                 continue
             if i == first > 0:
                 set_random_state(self.resumed["random"], self.device)
-            if self.signal:
+            if number := self.agreed_signal(i):
                 self.save()
-                show("")
-                print(f"stopped; to go on: python {Path(__file__).name} --resume {self.folder}", flush=True)
-                raise SystemExit(128 + self.signal)
+                say(f"stopped; to go on: python {Path(__file__).name} --resume {self.folder}")
+                raise SystemExit(128 + number)
             self.batch, self.batches_done = i + 1, self.batches_done + 1
-            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+            images, labels = (t.to(self.device, non_blocking=True) for t in (images, labels))
+            yield share(images), share(labels)
             self.seconds = time.monotonic() - start
-            on_screen = sys.stdout.isatty() and time.monotonic() > self.last_report + 0.2
-            if on_screen or not sys.stdout.isatty() and self.batches_done % self.opt.sample_interval == 0:
+            if sys.stdout.isatty() and WORLD == 1:
+                due = time.monotonic() > self.last_report + 0.2
+            else:
+                due = self.batches_done % self.opt.sample_interval == 0
+            if due:
                 self.report()
         self.resumed = {}
+
+    def agreed_signal(self, i: int) -> int:
+        """The signal that came, if any; several processes ask each other every tenth batch."""
+        if WORLD == 1 or i % 10:
+            return self.signal if WORLD == 1 else 0
+        number = torch.tensor(self.signal, device=self.device)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number)
 
     def record(self, **losses: Tensor) -> None:
         """Add up losses on the device, without waiting for it."""
@@ -610,7 +709,10 @@ class Run:
 
     def losses(self) -> dict[str, float]:
         """Mean losses of this epoch so far. Waits for the device."""
-        means = {name: float(total) / self.batch for name, total in self.totals.items()}
+        totals = {name: total.clone() for name, total in self.totals.items()}
+        for total in totals.values() if WORLD > 1 else ():
+            dist.all_reduce(total)
+        means = {name: float(total) / self.batch / WORLD for name, total in totals.items()}
         self.demand_finite(all(map(math.isfinite, means.values())), "a loss")
         return means
 
@@ -628,7 +730,7 @@ class Run:
         text = f"epoch {self.epoch + 1}/{self.opt.n_epochs}  batch {self.batch}/{self.per_epoch}  {losses}"
         text += f"  {self.rate():,.0f} images/s  {datetime.timedelta(seconds=round(left))} left"
         self.last_report = time.monotonic()
-        show(text) if sys.stdout.isatty() else print(text, flush=True)
+        show(text) if sys.stdout.isatty() else say(text)
 
     def save(self) -> None:
         """Write checkpoint.pt in one piece: until the new one is whole, the old one stays."""
@@ -640,6 +742,8 @@ class Run:
         state |= dict(script=SCRIPT, options=vars(self.opt), position={name: getattr(self, name) for name in position})
         state |= dict(random=random_state(self.device))
         file, temporary = self.folder / "checkpoint.pt", self.folder / "checkpoint.tmp"
+        if RANK:
+            return dist.barrier()
         try:
             with open(temporary, "wb") as f:
                 torch.save(state, f)
@@ -648,6 +752,8 @@ class Run:
         except (OSError, RuntimeError) as e:
             temporary.unlink(missing_ok=True)
             raise UserError(f"{file}: cannot be written ({first_line(e)}); the one before, if any, is kept") from e
+        if WORLD > 1:
+            dist.barrier()
 
     def restore(self, state: dict) -> None:
         """Go back to where a checkpoint was written; what the log has of later epochs will be done again."""
@@ -658,26 +764,23 @@ class Run:
         self.totals = {name: total.to(self.device) for name, total in self.totals.items()}
         self.resumed = state
         log = self.folder / "log.csv"
-        if log.exists():
+        if log.exists() and RANK == 0:
             log.write_text("".join(log.read_text().splitlines(keepends=True)[: self.epoch + 1]))
 
     def picture(self, name: str, images: Tensor, columns: int) -> None:
         """Save images (N, C, H, W) in [0, 1] as a grid, named after the batches done."""
-        save_image(images, self.folder / "images" / f"{name}_{self.batches_done:06}.png", nrow=columns)
+        if RANK == 0:
+            save_image(images, self.folder / "images" / f"{name}_{self.batches_done:06}.png", nrow=columns)
 
     def animate(self, name: str, file: str) -> None:
         """Make a GIF of the pictures of that name, at most 100 of them, evenly spread."""
+        if RANK:
+            return
         paths = sorted((self.folder / "images").glob(f"{name}_*.png"))
         chosen = torch.linspace(0, len(paths) - 1, min(len(paths), 100)).round().int().tolist()
         frames = [Image.open(paths[i]) for i in chosen]
         durations = [100] * (len(frames) - 1) + [2000]  # milliseconds; the last one stays
         frames[0].save(self.folder / file, save_all=True, append_images=frames[1:], duration=durations, loop=0)
-
-
-def show(text: str) -> None:
-    """On a terminal, replace the line by this text."""
-    if sys.stdout.isatty():
-        print(f"\r{text[: shutil.get_terminal_size().columns - 1]}\033[K", end="", flush=True)
 
 
 def first_line(e: Exception) -> str:
@@ -741,6 +844,12 @@ def main() -> None:
     except (UserError, OSError) as e:
         show("")
         sys.exit(f"{SCRIPT}.py: error: {e}")
+    except RuntimeError as e:
+        if WORLD == 1:
+            raise
+        sys.exit(
+            f"{SCRIPT}.py: error: process {RANK} of {WORLD} stopped ({first_line(e)}); --resume the last checkpoint"
+        )
     except KeyboardInterrupt:
         sys.exit(130)
 

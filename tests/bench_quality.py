@@ -9,8 +9,8 @@ a classifier that is trained once (some minutes on a CPU) and kept in --cache. F
     right class        share of pictures in sub-folder k that the classifier takes for k
     rarest class       share of pictures taken for the class seen least: 0 means that one is missing
     Frechet distance   between Gaussians fitted to the classifier's features of the pictures and of the training images
-    precision, recall  share of pictures among the real ones, and of real ones among the pictures (arXiv:1904.06991, k = 3)
-    nearest            mean distance in pixels to the nearest training image, over that of real test images: near 0 is copying
+    precision, recall  shares of pictures among real ones, and of these among the pictures (arXiv:1904.06991, k = 3)
+    nearest            mean pixel distance to the nearest training image, over real test images': 0 is copying
     trained on it      accuracy on real test images of a classifier trained on the pictures alone (arXiv:1905.10887)
 """
 
@@ -131,12 +131,9 @@ def main() -> None:
         print(f"right class        {(found == labels).float().mean():.2%}")
     print(f"rarest class       {found.bincount(minlength=10).min() / len(found):.2%}")
     print(f"Frechet distance   {frechet(fake, real):.2f}   (real test images: {frechet(held_out, real):.2f})")
-    print(
-        f"precision          {covered(real[:10000], fake[:10000]):.3f}   (real test images: {covered(real[:10000], held_out):.3f})"
-    )
-    print(
-        f"recall             {covered(fake[:10000], held_out):.3f}   (real training images: {covered(real[:10000], held_out):.3f})"
-    )
+    known = covered(real[:10000], held_out)
+    print(f"precision          {covered(real[:10000], fake[:10000]):.3f}   (real test images: {known:.3f})")
+    print(f"recall             {covered(fake[:10000], held_out):.3f}   (real training images: {known:.3f})")
     print(f"nearest            {nearest(images[:2000], train) / nearest(test[:2000], train):.3f}")
     own = train_classifier(images, found if labels is None else labels, steps=2000)
     print(

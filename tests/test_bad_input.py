@@ -91,6 +91,12 @@ def test_batch_larger_than_the_data(refused):
     refused("--batch_size", 55, says=["--batch_size 55", "images to train on"])
 
 
+def test_batch_that_processes_cannot_share(script, refused, monkeypatch):
+    monkeypatch.setattr(script, "WORLD", 3)
+    monkeypatch.setattr(script, "join_processes", lambda: None)
+    refused("--batch_size", 8, says=["--batch_size 8", "3 processes"])
+
+
 def test_out_dir_is_a_file(script, command, small, tmp_path):
     (tmp_path / "file").write_text("mine")
     for out_dir in ("file", "file/below"):

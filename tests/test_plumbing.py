@@ -23,7 +23,7 @@ BLOCK = re.compile(r"^# --- block: (\w+)\n(.*?)^# --- end of block$", re.MULTILI
 
 def test_the_blocks_are_the_same_in_every_script():
     blocks = [dict(BLOCK.findall((ROOT / f"{script}.py").read_text())) for script in SCRIPTS]
-    assert set(blocks[0]) == {"options", "data", "run"}
+    assert set(blocks[0]) == {"processes", "options", "data", "run"}
     for other in blocks[1:]:
         assert other == blocks[0]
 
