@@ -79,11 +79,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--n_classes", type=number(int, 1), help="number of classes; None: as in the data")
     add("--sample_interval", type=number(int, 1), default=400, help="batches between sample grids")
     add("--n_cpu", type=number(int), default=8, help="most processes that decode an image folder; 0: only this one")
-    add(
-        "--dataset",
-        default="mnist",
-        help="mnist, fashion_mnist, cifar10, digits, or a folder of sub-folders, one a class",
-    )
+    add("--dataset", default="mnist", help="mnist, fashion_mnist, cifar10, digits, or a folder of class sub-folders")
     add("--data_dir", default="data", help="where data sets are kept and downloaded to")
     add("--out_dir", default="runs/gan", help="the run's folder; if it is in use, a number is added")
     add("--seed", type=number(int), default=0, help="same seed, same machine: same images")
@@ -502,7 +498,8 @@ def read_named(opt: argparse.Namespace, train: bool) -> tuple[Tensor, Tensor]:
             images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
             assert len(images) == len(labels), "not as many labels as images"
         except Exception as e:  # torchvision raises many kinds for a damaged file
-            raise UserError(f"{place}: a file is damaged ({first_line(e)}); delete the folder to download again") from e
+            split = "training" if train else "test"
+            raise UserError(f"{place}: the {split} files are damaged ({first_line(e)}); put whole ones there") from e
     size = [opt.img_size, opt.img_size]
     return torch.cat([resize(part, size, antialias=True) for part in images.split(1000)]), labels
 
@@ -668,6 +665,8 @@ class Run:
             self.epoch, self.batch, self.seconds, self.totals, self.extra = epoch + 1, 0, 0.0, {}, {}
             self.epoch_random = random_state(self.device)
             self.save()
+        if sys.stdout.isatty() and RANK == 0:
+            print()  # leave the last report on the screen
 
     def steps(self, batches: Iterable) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches that are left of this epoch, on the device."""
@@ -709,10 +708,10 @@ class Run:
 
     def losses(self) -> dict[str, float]:
         """Mean losses of this epoch so far. Waits for the device."""
-        totals = {name: total.clone() for name, total in self.totals.items()}
-        for total in totals.values() if WORLD > 1 else ():
+        for total in self.totals.values() if WORLD > 1 else ():
             dist.all_reduce(total)
-        means = {name: float(total) / self.batch / WORLD for name, total in totals.items()}
+            total /= WORLD
+        means = {name: float(total) / self.batch for name, total in self.totals.items()}
         self.demand_finite(all(map(math.isfinite, means.values())), "a loss")
         return means
 
@@ -725,10 +724,10 @@ class Run:
         return self.batch * self.opt.batch_size / max(self.seconds, 1e-9)
 
     def report(self) -> None:
-        losses = "  ".join(f"{name} {mean:.4f}" for name, mean in (self.losses() | self.extra).items())
+        losses = " ".join(f"{name} {mean:.3f}" for name, mean in (self.losses() | self.extra).items())
         left = ((self.opt.n_epochs - self.epoch) * self.per_epoch - self.batch) * self.opt.batch_size / self.rate()
-        text = f"epoch {self.epoch + 1}/{self.opt.n_epochs}  batch {self.batch}/{self.per_epoch}  {losses}"
-        text += f"  {self.rate():,.0f} images/s  {datetime.timedelta(seconds=round(left))} left"
+        text = f"epoch {self.epoch + 1}/{self.opt.n_epochs} batch {self.batch}/{self.per_epoch} {losses}"
+        text += f" {self.rate():,.0f} img/s {datetime.timedelta(seconds=round(left))} left"
         self.last_report = time.monotonic()
         show(text) if sys.stdout.isatty() else say(text)
 
@@ -847,9 +846,7 @@ def main() -> None:
     except RuntimeError as e:
         if WORLD == 1:
             raise
-        sys.exit(
-            f"{SCRIPT}.py: error: process {RANK} of {WORLD} stopped ({first_line(e)}); --resume the last checkpoint"
-        )
+        sys.exit(f"{SCRIPT}.py: error: process {RANK} stopped ({first_line(e)}); --resume the last checkpoint")
     except KeyboardInterrupt:
         sys.exit(130)
 
