@@ -332,13 +332,15 @@ def train(opt: argparse.Namespace) -> Path:
     )
     grid_labels = torch.arange(columns, device=device).repeat(10) if opt.conditional else None
     grid_z = grid_z.to(device)
-    x, y = next(test_batches(test_images[:20], test_labels[:20], opt))  # the same test images are shown each time
+    rows = torch.linspace(0, len(test_images) - 1, min(len(test_images), 20)).long()  # the test images that are shown
+    x, y = next(test_batches(test_images[rows], test_labels[rows], opt))
+    half = slice(0, 20, 2 if len(rows) > 10 else 1)
 
     @torch.no_grad()
     def pictures() -> None:
         model.eval()
         run.picture("sample", model.decode(grid_z, grid_labels).sigmoid(), columns)
-        run.picture("recon", torch.cat([x[:10], model.reconstruct(x, y)[:10]]), len(x[:10]))
+        run.picture("recon", torch.cat([x[half], model.reconstruct(x, y)[half]]), len(x[half]))
         model.train()
 
     with Run(opt, device, len(batches), model=model, optimizer=optimizer) as run:
