@@ -8,7 +8,8 @@ D pulling it to 0 and that of real images to 1:
     min_D  1/2 E[(D(x, y) - 1)^2] + 1/2 E[D(G(z, y), y)^2]
 
 Conditional GAN: Mirza & Osindero 2014, arXiv:1411.1784 (equation 2). Least squares: Mao et al. 2017,
-arXiv:1611.04076 (equation 9). Averaged generator: Yazici et al. 2019, arXiv:1806.04498.
+arXiv:1611.04076 (equation 9). The label in D: Miyato & Koyama 2018, arXiv:1802.05637. Averaged generator:
+Yazici et al. 2019, arXiv:1806.04498.
 
     python cgan.py --n_epochs 20                          # MNIST; without a network: built-in digits
     python cgan.py --arch conv --dataset path/to/folder   # your images, one sub-folder a class
@@ -69,6 +70,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--b1", type=number(float, below=1), default=0.5, help="Adam's decay of the mean gradient, in [0, 1)")
     add("--b2", type=number(float, below=1), default=0.999, help="Adam's decay of the mean square, in [0, 1)")
     add("--arch", choices=["mlp", "conv"], default="mlp", help="both networks fully connected, or convolutional")
+    add("--conditioning", choices=["projection", "concat"], default="projection", help="how D is given the label")
     add("--ema", type=number(float, below=1), default=0.999, help="decay a step of G's average, in [0, 1); 0: off")
     add("--latent_dim", type=number(int, 1), default=100, help="size of z")
     add("--img_size", type=number(int, 1), default=32, help="images are resized to this side; conv: a multiple of 8")
@@ -121,28 +123,39 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images (N, channels, img_size, img_size) in [-1, 1] and labels (N,) -> scores (N, 1): 1 for real, 0 for fake."""
+    """Images (N, channels, img_size, img_size) in [-1, 1] and labels (N,) -> scores (N, 1): 1 for real, 0 for fake.
 
-    def __init__(self, n_classes: int, img_size: int, channels: int, arch: str = "mlp"):
+    With features h(x) and an embedding e(y), --conditioning projection scores w.h(x) + e(y).h(x) (arXiv:1802.05637,
+    equation 3); concat makes e(y) one more input of the network, as arXiv:1411.1784 does.
+    """
+
+    def __init__(
+        self, n_classes: int, img_size: int, channels: int, arch: str = "mlp", conditioning: str = "projection"
+    ):
         super().__init__()
-        self.arch = arch
+        self.arch, self.concat = arch, conditioning == "concat"
         if arch == "mlp":
-            self.embed = nn.Embedding(n_classes, n_classes)
-            layers = [nn.Linear(channels * img_size**2 + n_classes, 512), nn.LeakyReLU(0.2)]
+            n_features, n_embed = 512, n_classes
+            layers = [nn.Linear(channels * img_size**2 + n_embed * self.concat, 512), nn.LeakyReLU(0.2)]
             for _ in range(2):
                 layers += [nn.Linear(512, 512), nn.Dropout(0.4), nn.LeakyReLU(0.2)]
-            layers += [nn.Linear(512, 1)]
-        else:  # the label is one more channel: an image of its own, learnt for each class
-            self.embed = nn.Sequential(nn.Embedding(n_classes, img_size**2), nn.Unflatten(1, (1, img_size, img_size)))
+        else:  # concat: the label is one more channel, an image of its own
+            n_features, n_embed = 128 * (img_size // 8) ** 2, img_size**2
             layers = []
-            for n_in, n_out in [(channels + 1, 32), (32, 64), (64, 128)]:
+            for n_in, n_out in [(channels + self.concat, 32), (32, 64), (64, 128)]:
                 layers += [nn.Conv2d(n_in, n_out, 4, 2, 1), nn.LeakyReLU(0.2)]
-            layers += [nn.Flatten(), nn.Dropout(0.4), nn.Linear(128 * (img_size // 8) ** 2, 1)]
-        self.net = nn.Sequential(*layers)
+            layers += [nn.Flatten(), nn.Dropout(0.4)]
+        self.features, self.score = nn.Sequential(*layers), nn.Linear(n_features, 1)
+        self.embed = nn.Embedding(n_classes, n_embed if self.concat else n_features)
+        if not self.concat:  # so that e(y).h(x) does not drown w.h(x) at first, as entries of size 1 would
+            nn.init.normal_(self.embed.weight, std=n_features**-0.5)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        x = images.flatten(1) if self.arch == "mlp" else images
-        return self.net(torch.cat([x, self.embed(labels)], 1))
+        x, e = images.flatten(1) if self.arch == "mlp" else images, self.embed(labels)
+        if self.concat:
+            return self.score(self.features(torch.cat([x, e.view(len(x), -1, *x.shape[2:])], 1)))
+        h = self.features(x)
+        return self.score(h) + (e * h).sum(1, keepdim=True)
 
 
 # ---------------------------------------------------------------- one training step
@@ -199,7 +212,7 @@ def train(opt: argparse.Namespace) -> Path:
 
     torch.manual_seed(opt.seed)
     G = Generator(opt.latent_dim, opt.n_classes, opt.img_size, opt.channels, opt.arch).to(device)
-    D = Discriminator(opt.n_classes, opt.img_size, opt.channels, opt.arch).to(device)
+    D = Discriminator(opt.n_classes, opt.img_size, opt.channels, opt.arch, opt.conditioning).to(device)
     G_avg = copy.deepcopy(G).eval()
     opt_G = torch.optim.Adam(G.parameters(), lr=opt.lr, betas=(opt.b1, opt.b2), fused=True)
     opt_D = torch.optim.Adam(D.parameters(), lr=opt.lr, betas=(opt.b1, opt.b2), fused=True)

@@ -191,3 +191,20 @@ def test_a_loss_that_is_not_finite(script, command, small, tmp_path):
         t for part in state.values() if isinstance(part, dict) for t in part.values() if isinstance(t, torch.Tensor)
     ]
     assert weights and all(t.isfinite().all() for t in weights if t.is_floating_point())
+
+
+def test_a_weight_that_is_not_finite_is_not_saved(script, command, small, tmp_path, monkeypatch):
+    """The last step of an epoch can spoil the weights when its loss was still finite."""
+    record = script.Run.record
+
+    def record_and_spoil(run, **losses):
+        record(run, **losses)
+        if run.batches_done == 6:
+            next(next(iter(run.models.values())).parameters()).data.fill_(float("nan"))
+
+    monkeypatch.setattr(script.Run, "record", record_and_spoil)
+    monkeypatch.setattr(script, "test", lambda *_: {}, raising=False)  # vae.py would find it in its test
+    status, lines = command(script, *small, "--n_epochs", 1)
+    assert status == 1 and len(lines) == 1 and "a weight is not finite" in lines[0]
+    state = torch.load(tmp_path / "runs" / script.__name__ / "checkpoint.pt", weights_only=True)
+    assert state["position"]["batches_done"] == 0

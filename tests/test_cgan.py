@@ -9,9 +9,9 @@ from torch import nn
 from torchvision.utils import make_grid
 
 
-def networks(cgan, arch="mlp", img_size=16, channels=1):
+def networks(cgan, arch="mlp", img_size=16, channels=1, conditioning="projection"):
     torch.manual_seed(0)
-    return cgan.Generator(4, 3, img_size, channels, arch), cgan.Discriminator(3, img_size, channels, arch)
+    return cgan.Generator(4, 3, img_size, channels, arch), cgan.Discriminator(3, img_size, channels, arch, conditioning)
 
 
 def adam(model):
@@ -21,8 +21,9 @@ def adam(model):
 @pytest.mark.parametrize("arch", ["mlp", "conv"])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("img_size", [8, 24, 32])
-def test_shapes_and_ranges(cgan, arch, channels, img_size):
-    G, D = networks(cgan, arch, img_size, channels)
+@pytest.mark.parametrize("conditioning", ["projection", "concat"])
+def test_shapes_and_ranges(cgan, arch, channels, img_size, conditioning):
+    G, D = networks(cgan, arch, img_size, channels, conditioning)
     labels = torch.tensor([0, 1, 2, 2, 0])
     images = G(torch.randn(5, 4), labels)
     assert images.shape == (5, channels, img_size, img_size)
@@ -31,8 +32,9 @@ def test_shapes_and_ranges(cgan, arch, channels, img_size):
 
 
 @pytest.mark.parametrize("arch", ["mlp", "conv"])
-def test_both_networks_use_the_label(cgan, arch):
-    G, D = (network.eval() for network in networks(cgan, arch))
+@pytest.mark.parametrize("conditioning", ["projection", "concat"])
+def test_both_networks_use_the_label(cgan, arch, conditioning):
+    G, D = (network.eval() for network in networks(cgan, arch, conditioning=conditioning))
     z = torch.randn(1, 4).expand(2, 4)
     images = G(z, torch.tensor([0, 1]))
     assert not torch.allclose(images[0], images[1])
@@ -41,12 +43,26 @@ def test_both_networks_use_the_label(cgan, arch):
 
 
 def test_the_mlp_has_the_parameters_of_the_recipe(cgan):
-    G, D = cgan.Generator(100, 10, 32, 1), cgan.Discriminator(10, 32, 1)
+    G, D = cgan.Generator(100, 10, 32, 1), cgan.Discriminator(10, 32, 1, conditioning="concat")
     sizes = [110, 128, 256, 512, 1024, 1024]
     linear = sum(a * b + b for a, b in zip(sizes, sizes[1:]))
     assert sum(p.numel() for p in G.parameters()) == linear + 2 * (256 + 512 + 1024) + 100
     assert sum(p.numel() for p in D.parameters()) == 1034 * 512 + 512 + 2 * (512 * 512 + 512) + 513 + 100
+    projection = cgan.Discriminator(10, 32, 1)
+    assert sum(p.numel() for p in projection.parameters()) == 1024 * 512 + 512 + 2 * (512 * 512 + 512) + 513 + 10 * 512
     assert all(m.eps == 1e-5 for m in G.modules() if isinstance(m, nn.BatchNorm1d))
+
+
+def test_projection_by_hand(cgan):
+    """D(x, y) = w.h(x) + b + e(y).h(x)."""
+    _, D = networks(cgan)
+    D.eval()
+    x, labels = torch.randn(5, 1, 16, 16), torch.tensor([0, 1, 2, 2, 0])
+    h = D.features(x.flatten(1))
+    wanted = (
+        h @ D.score.weight[0] + D.score.bias + torch.stack([h[i] @ D.embed.weight[y] for i, y in enumerate(labels)])
+    )
+    torch.testing.assert_close(D(x, labels)[:, 0], wanted)
 
 
 class Fixed(nn.Module):

@@ -40,7 +40,7 @@ VAE |= dict(
 DEFAULTS = {
     "vae": COMMON | VAE | dict(img_size=32, out_dir="runs/vae", labels=None),
     "gan": COMMON | GAN | dict(img_size=28, out_dir="runs/gan"),
-    "cgan": COMMON | GAN | dict(img_size=32, out_dir="runs/cgan", labels=None),
+    "cgan": COMMON | GAN | dict(img_size=32, out_dir="runs/cgan", labels=None, conditioning="projection"),
 }
 
 
@@ -110,6 +110,11 @@ def test_log_and_second_run(script, small):
     rows = list(csv.DictReader(open(run / "log.csv")))
     assert [(row["epoch"], row["batches_done"]) for row in rows] == [("1", "6"), ("2", "12")]
     names = list(rows[0])
+    assert {file.name for file in run.iterdir() if file.suffix != ".gif" and file.suffix != ".png"} == {
+        "images",
+        "log.csv",
+        "checkpoint.pt",
+    }
     assert names[:2] == ["epoch", "batches_done"] and names[-2:] == ["seconds", "images_per_second"] and len(names) > 4
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     again = script.train(script.parse_args([*small, "--n_epochs", "1"]))
