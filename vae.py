@@ -69,22 +69,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--b1", type=number(float, below=1), default=0.9, help="Adam's decay of the mean gradient, in [0, 1)")
     add("--b2", type=number(float, below=1), default=0.999, help="Adam's decay of the mean square, in [0, 1)")
     add("--arch", choices=list(HIDDEN_DIMS), default="vanilla", help="3x3 convolutions, 4x4 ones, or fully connected")
-    add(
-        "--hidden_dims",
-        type=number(int, 1),
-        nargs="+",
-        help="channels or units of each layer; None: as --arch has them",
-    )
+    add("--hidden_dims", type=number(int, 1), nargs="+", help="channels or units a layer; None: as --arch has them")
     add("--likelihood", choices=["gaussian", "bernoulli"], default="gaussian", help="p(x|z) of a pixel")
     add("--sigma", type=sigma, default="auto", help="gaussian: deviation of a pixel, above 0; auto: the best one")
     add("--beta", type=number(float), default=1.0, help="weight of the KL, 0 or more; 1 is the ELBO")
     add("--conditional", action=argparse.BooleanOptionalAction, default=False, help="encode and decode given the label")
-    add(
-        "--binarize",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="bernoulli: draw binary pixels anew each time",
-    )
+    add("--binarize", action=argparse.BooleanOptionalAction, default=False, help="draw binary pixels anew each time")
     add("--iw_samples", type=number(int), default=0, help="samples of the importance-weighted test bound; 0: none")
     add("--latent_dim", type=number(int, 1), default=128, help="size of z")
     add("--img_size", type=number(int, 1), default=32, help="images are resized to this side; conv: a multiple of 16")
@@ -128,9 +118,7 @@ class VAE(nn.Module):
     With n_classes > 0 encoder and decoder are also given labels (N,).
     """
 
-    def __init__(
-        self, arch: str, hidden_dims: list[int], latent_dim: int, img_size: int, channels: int, n_classes: int = 0
-    ):
+    def __init__(self, arch: str, hidden_dims: list, latent_dim: int, img_size: int, channels: int, n_classes: int = 0):
         super().__init__()
         self.latent_dim, self.n_classes = latent_dim, n_classes
         layers = {"vanilla": vanilla_layers, "conv": conv_layers, "mlp": mlp_layers}[arch]
@@ -151,9 +139,10 @@ class VAE(nn.Module):
 
     def reparameterize(self, mu: Tensor, logvar: Tensor) -> Tensor:
         """A sample of q(z|x) that gradients pass through."""
-        # in training these are this process's rows of a batch
-        noise = share(torch.randn(len(mu) * WORLD, *mu.shape[1:], device=mu.device)) if self.training else None
-        return mu + torch.exp(0.5 * logvar) * (torch.randn_like(mu) if noise is None else noise)
+        # In training these are this process's rows of a batch, so the noise is drawn for all of it.
+        n = len(mu) * WORLD if self.training else len(mu)
+        noise = torch.randn(n, mu.shape[1], device=mu.device)
+        return mu + torch.exp(0.5 * logvar) * (share(noise) if self.training else noise)
 
     def decode(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits (N, channels, img_size, img_size): their sigmoid is the mean of p(x|z), the image to look at."""
@@ -325,13 +314,10 @@ def train(opt: argparse.Namespace) -> Path:
 
     # The sample grid comes from fixed z. Given labels, column k is class k and a row shares its z.
     columns = min(opt.n_classes, 10) if opt.conditional else 10
-    grid_z = (
-        torch.randn(10, opt.latent_dim).repeat_interleave(columns, 0)
-        if opt.conditional
-        else torch.randn(100, opt.latent_dim)
-    )
+    grid_z = torch.randn(10, opt.latent_dim).repeat_interleave(columns, 0).to(device)
     grid_labels = torch.arange(columns, device=device).repeat(10) if opt.conditional else None
-    grid_z = grid_z.to(device)
+    if not opt.conditional:
+        grid_z = torch.randn_like(grid_z)
     rows = torch.linspace(0, len(test_images) - 1, min(len(test_images), 20)).long()  # the test images that are shown
     x, y = next(test_batches(test_images[rows], test_labels[rows], opt))
     half = slice(0, 20, 2 if len(rows) > 10 else 1)
@@ -368,10 +354,8 @@ def train(opt: argparse.Namespace) -> Path:
 
 
 def build(options: dict) -> VAE:
-    names = ("arch", "hidden_dims", "latent_dim", "img_size", "channels")
-    return VAE(
-        **{name: options[name] for name in names}, n_classes=options["n_classes"] if options["conditional"] else 0
-    )
+    sizes = {name: options[name] for name in ("arch", "hidden_dims", "latent_dim", "img_size", "channels")}
+    return VAE(**sizes, n_classes=options["n_classes"] if options["conditional"] else 0)
 
 
 def test_batches(images: Tensor, labels: Tensor, opt: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -440,9 +424,7 @@ def reconstruct(opt: argparse.Namespace) -> Path:
     if opt.conditional:
         given = open_folder(opt.reconstruct)
         if len(given.classes) != opt.n_classes:
-            raise UserError(
-                f"--reconstruct {opt.reconstruct}: the model needs {opt.n_classes} sub-folders, one a class"
-            )
+            raise UserError(f"--reconstruct {opt.reconstruct}: the model needs {opt.n_classes} class sub-folders")
         samples = given.samples
     else:
         files = sorted(file for file in Path(opt.reconstruct).rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
