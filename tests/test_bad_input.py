@@ -36,9 +36,9 @@ def test_bad_option(script, command, tmp_path, monkeypatch, name, value):
     assert not list(tmp_path.iterdir())
 
 
-def test_no_traceback_in_a_process(script, tmp_path):
-    done = run_script(Path(script.__file__), "--lr", "nan", cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith(f"{script.__name__}.py: error: argument --lr: nan")
+def test_no_traceback_in_a_process(cgan, tmp_path):
+    done = run_script(Path(cgan.__file__), "--lr", "nan", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("cgan.py: error: argument --lr: nan")
     assert done.stderr.count("\n") == 1 and done.stdout == ""
 
 
@@ -55,9 +55,9 @@ def refused(script, command, small, tmp_path):
     return check
 
 
-def test_data_set_asked_for_and_not_there(script, command, tmp_path, monkeypatch):
+def test_data_set_asked_for_and_not_there(cgan, command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    status, lines = command(script, "--dataset", "mnist")
+    status, lines = command(cgan, "--dataset", "mnist")
     assert status == 1 and len(lines) == 1
     names = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
     assert all(word in lines[0] for word in [*names, str(Path("data/MNIST/raw")), "--dataset digits"])

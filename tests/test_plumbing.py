@@ -155,8 +155,8 @@ def test_load_leaves_nothing_to_set_up(script, small):
 
 
 def test_the_animation_has_at_most_100_frames(script, small):
-    run = script.train(script.parse_args([*small, "--n_epochs", "20", "--sample_interval", "1"]))
-    assert len(list((run / "images").glob("sample*"))) == 121
+    run = script.train(script.parse_args([*small, "--n_epochs", "17", "--sample_interval", "1"]))
+    assert len(list((run / "images").glob("sample*"))) == 103
     assert Image.open(run / "training.gif").n_frames <= 100
 
 
@@ -185,7 +185,7 @@ def stop_at(script, monkeypatch, batch, number=signal.SIGTERM):
     monkeypatch.setattr(script.Run, "record", record_and_stop)
 
 
-@pytest.mark.parametrize("batch", [1, 4, 6, 8])
+@pytest.mark.parametrize("batch", [1, 6, 8])
 def test_resume_equals_the_run_never_stopped(script, small, monkeypatch, batch):
     arguments = [*small, "--n_epochs", "3"]
     whole = script.train(script.parse_args(arguments))
