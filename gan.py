@@ -394,7 +394,7 @@ def finish_options(parser: Parser, argv: list[str] | None, instead: tuple, free:
     elif other:
         parser.error(f"--{other} needs --resume with the run folder to take the model from")
     opt.dataset_given = "dataset" in given
-    if opt.dataset not in DATASETS and not Path(opt.dataset).is_dir():
+    if not other and opt.dataset not in DATASETS and not Path(opt.dataset).is_dir():
         parser.error(f"--dataset {opt.dataset}: not a folder, and not one of {', '.join(DATASETS)}")
     try:
         find_device(opt.device)

@@ -154,6 +154,17 @@ def test_load_leaves_nothing_to_set_up(script, small):
         assert not any(p.requires_grad for p in model.parameters())
 
 
+def test_generating_needs_no_data(script, small, images, command, tmp_path):
+    """A run folder that was copied to another machine draws pictures there."""
+    shutil.copytree(images, tmp_path / "mine")
+    run = script.train(script.parse_args([*small[2:], "--dataset", str(tmp_path / "mine"), "--n_epochs", "0"]))
+    shutil.rmtree(tmp_path / "mine")
+    shutil.move(run, tmp_path / "elsewhere")
+    assert command(script, "--resume", "elsewhere", "--generate", 3) == (0, [])
+    status, lines = command(script, "--resume", "elsewhere")
+    assert status == 2 and len(lines) == 1 and "--dataset" in lines[0]
+
+
 def test_the_animation_has_at_most_100_frames(script, small):
     run = script.train(script.parse_args([*small, "--n_epochs", "17", "--sample_interval", "1"]))
     assert len(list((run / "images").glob("sample*"))) == 103
