@@ -2,14 +2,14 @@
 
 A generator G turns noise z and a label y into an image; a discriminator D scores how real an image
 looks for its label. Both are trained with least squares, G pulling the score of its fakes to 1,
-D pulling it to 0 and that of real images to 1:
+D pulling it to 0 and that of real images to 1. A real image with a wrong label y' is a fake too, of weight m:
 
     min_G      E[(D(G(z, y), y) - 1)^2]
-    min_D  1/2 E[(D(x, y) - 1)^2] + 1/2 E[D(G(z, y), y)^2]
+    min_D  1/2 E[(D(x, y) - 1)^2] + (1 - m)/2 E[D(G(z, y), y)^2] + m/2 E[D(x, y')^2]
 
 Conditional GAN: Mirza & Osindero 2014, arXiv:1411.1784 (equation 2). Least squares: Mao et al. 2017,
-arXiv:1611.04076 (equation 9). The label in D: Miyato & Koyama 2018, arXiv:1802.05637. Averaged generator:
-Yazici et al. 2019, arXiv:1806.04498.
+arXiv:1611.04076 (equation 9). The label in D: Miyato & Koyama 2018, arXiv:1802.05637. Wrong labels: Reed et al.
+2016, arXiv:1605.05396 (algorithm 1). Averaged generator: Yazici et al. 2019, arXiv:1806.04498.
 
     python cgan.py --n_epochs 20                          # MNIST; without a network: built-in digits
     python cgan.py --arch conv --dataset path/to/folder   # your images, one sub-folder a class
@@ -71,6 +71,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--b2", type=number(float, below=1), default=0.999, help="Adam's decay of the mean square, in [0, 1)")
     add("--arch", choices=["mlp", "conv"], default="mlp", help="both networks fully connected, or convolutional")
     add("--conditioning", choices=["projection", "concat"], default="projection", help="how D is given the label")
+    add("--mismatch", type=number(float, below=1), default=0.1, help="weight of wrongly labelled images in D; 0: off")
     add("--ema", type=number(float, below=1), default=0.999, help="decay a step of G's average, in [0, 1); 0: off")
     add("--latent_dim", type=number(int, 1), default=100, help="size of z")
     add("--img_size", type=number(int, 1), default=32, help="images are resized to this side; conv: a multiple of 8")
@@ -125,8 +126,9 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Images (N, channels, img_size, img_size) in [-1, 1] and labels (N,) -> scores (N, 1): 1 for real, 0 for fake.
 
-    With features h(x) and an embedding e(y), --conditioning projection scores w.h(x) + e(y).h(x) (arXiv:1802.05637,
-    equation 3); concat makes e(y) one more input of the network, as arXiv:1411.1784 does.
+    Labels (N, K), K for each image, give scores (N, K). With features h(x) and an embedding e(y), --conditioning
+    projection scores w.h(x) + e(y).h(x) (arXiv:1802.05637, equation 3), so that a second label costs next to nothing;
+    concat makes e(y) one more input of the network, as arXiv:1411.1784 does.
     """
 
     def __init__(
@@ -151,11 +153,14 @@ class Discriminator(nn.Module):
             nn.init.normal_(self.embed.weight, std=n_features**-0.5)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        x, e = images.flatten(1) if self.arch == "mlp" else images, self.embed(labels)
+        labels = labels.view(len(images), -1)
+        e = self.embed(labels)
         if self.concat:
-            return self.score(self.features(torch.cat([x, e.view(len(x), -1, *x.shape[2:])], 1)))
-        h = self.features(x)
-        return self.score(h) + (e * h).sum(1, keepdim=True)
+            x = images.repeat_interleave(labels.shape[1], 0)
+            x = x.flatten(1) if self.arch == "mlp" else x
+            return self.score(self.features(torch.cat([x, e.view(len(x), -1, *x.shape[2:])], 1))).view_as(labels)
+        h = self.features(images.flatten(1) if self.arch == "mlp" else images)
+        return self.score(h) + (e * h[:, None]).sum(2)
 
 
 # ---------------------------------------------------------------- one training step
@@ -175,12 +180,19 @@ def generator_step(G: nn.Module, D: nn.Module, opt_G: Optimizer, z: Tensor, labe
     return loss.detach(), fake_scores
 
 
-def discriminator_step(D: nn.Module, opt_D: Optimizer, real: Tensor, labels: Tensor, fake_scores: Tensor) -> Tensor:
+def discriminator_step(
+    D: nn.Module, opt_D: Optimizer, real: Tensor, labels: Tensor, fake_scores: Tensor, mismatch: float = 0.0
+) -> Tensor:
     """Pull D's scores of real images, in [-1, 1], to 1 and those of fakes to 0; G's weights and gradients stay.
 
-    Returns the loss.
+    mismatch > 0: labels are (N, 2), right and wrong ones; a real image with its wrong label is a fake of that weight
+    (arXiv:1605.05396, algorithm 1). Returns the loss.
     """
-    loss = ((D(real, labels) - 1).square().mean() + fake_scores.square().mean()) / 2
+    scores = D(real, labels)
+    loss_fake = fake_scores.square().mean()
+    if mismatch:
+        loss_fake = (1 - mismatch) * loss_fake + mismatch * scores[:, 1].square().mean()
+    loss = ((scores[:, 0] - 1).square().mean() + loss_fake) / 2
     opt_D.zero_grad()
     loss.backward(inputs=list(D.parameters()))
     mean_gradients(D)
@@ -221,6 +233,7 @@ def train(opt: argparse.Namespace) -> Path:
         G.compile()
         D.compile()
 
+    mismatch = opt.mismatch if opt.n_classes > 1 else 0.0
     columns = min(opt.n_classes, 10)  # column k of the sample grid is class k; a row shares its z
     grid_z = torch.randn(10, opt.latent_dim).repeat_interleave(columns, 0).to(device)
     grid_labels = torch.arange(columns, device=device).repeat(10)
@@ -232,8 +245,11 @@ def train(opt: argparse.Namespace) -> Path:
             for real, real_labels in run.steps(batches):
                 z = share(torch.randn(opt.batch_size, opt.latent_dim, device=device))
                 fake_labels = share(torch.randint(opt.n_classes, (opt.batch_size,), device=device))
+                if mismatch:  # beside each label another one
+                    others = share(torch.randint(1, opt.n_classes, (opt.batch_size,), device=device))
+                    real_labels = torch.stack([real_labels, (real_labels + others) % opt.n_classes], 1)
                 g_loss, fake_scores = generator_step(G, D, opt_G, z, fake_labels)
-                d_loss = discriminator_step(D, opt_D, real * 2 - 1, real_labels, fake_scores)
+                d_loss = discriminator_step(D, opt_D, real * 2 - 1, real_labels, fake_scores, mismatch)
                 average(G_avg, G, opt.ema, run.batches_done)
                 run.record(d_loss=d_loss, g_loss=g_loss)
                 if run.batches_done % opt.sample_interval == 0:

@@ -73,14 +73,20 @@ def floor(opt: argparse.Namespace) -> None:
     extra = [10] if opt.script == "cgan" else []
     o.img_size, o.channels = o.img_size or 28, 1
     G = script.Generator(o.latent_dim, *extra, o.img_size, 1, "mlp")
-    D = script.Discriminator(*extra, o.img_size, 1, "mlp")
+    D = script.Discriminator(*extra, o.img_size, 1, "mlp", *([o.conditioning] if extra else []))
     opt_G, opt_D = (torch.optim.Adam(m.parameters(), lr=o.lr, betas=(o.b1, o.b2), fused=True) for m in (G, D))
-    labels = [torch.arange(o.batch_size) % 10] if extra else []
+    labels = torch.arange(o.batch_size) % 10
+    if not extra:
+        for_G, for_D, weight = [], [], []
+    elif o.mismatch:
+        for_G, for_D, weight = [labels], [torch.stack([labels, labels.roll(1)], 1)], [o.mismatch]
+    else:
+        for_G, for_D, weight = [labels], [labels], []
     real = torch.rand(o.batch_size, 1, o.img_size, o.img_size)
 
     def step():
-        _, fake = script.generator_step(G, D, opt_G, torch.randn(o.batch_size, o.latent_dim), *labels)
-        script.discriminator_step(D, opt_D, real, *labels, fake)
+        _, fake = script.generator_step(G, D, opt_G, torch.randn(o.batch_size, o.latent_dim), *for_G)
+        script.discriminator_step(D, opt_D, real, *for_D, fake, *weight)
 
     products = []
     for network, forward in ((G, 1), (D, 2)):  # D sees fakes and real images

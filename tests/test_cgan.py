@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import make_folder
 from torch import nn
 from torchvision.utils import make_grid
 
@@ -28,7 +29,12 @@ def test_shapes_and_ranges(cgan, arch, channels, img_size, conditioning):
     images = G(torch.randn(5, 4), labels)
     assert images.shape == (5, channels, img_size, img_size)
     assert -1 <= images.min() and images.max() <= 1
-    assert D(images, labels).shape == (5, 1)
+    D.eval()
+    scores = D(images, labels)
+    assert scores.shape == (5, 1)
+    others = torch.tensor([1, 1, 0, 1, 2])
+    both = D(images, torch.stack([labels, others], 1))  # several labels an image: the scores of each alone
+    torch.testing.assert_close(both, torch.cat([scores, D(images, others)], 1))
 
 
 @pytest.mark.parametrize("arch", ["mlp", "conv"])
@@ -87,6 +93,33 @@ def test_losses_by_hand(cgan):
     assert G.weight.item() == pytest.approx(2 - 0.1 * ((2 * 2 * 1.5) + (2 * 23 * 12)) / 2)
     d_loss = cgan.discriminator_step(D, torch.optim.SGD(D.parameters(), lr=0.1), real, labels, scores)
     assert d_loss.item() == ((3 - 1) ** 2 + (3 - 1) ** 2) / 4 + (3**2 + 24**2) / 4
+
+
+def test_loss_with_wrong_labels_by_hand(cgan):
+    """They are fakes of that weight: with D(x, y) = 3xy, scores 6 and 1.5 where 0 is wanted."""
+    D = Fixed(3.0)
+    D.forward = lambda x, labels: D.weight * x * labels
+    real, labels, scores = torch.tensor([[1.0], [0.5]]), torch.tensor([[1, 2], [2, 1]]), torch.tensor([[3.0], [24.0]])
+    d_loss = cgan.discriminator_step(D, torch.optim.SGD(D.parameters(), lr=0.1), real, labels, scores, mismatch=0.25)
+    fake = 0.75 * (3**2 + 24**2) / 2 + 0.25 * (6**2 + 1.5**2) / 2
+    assert d_loss.item() == ((3 - 1) ** 2 + (3 - 1) ** 2) / 4 + fake / 2
+
+
+@pytest.mark.parametrize("mismatch", [0.0, 0.1])
+@pytest.mark.parametrize("n_classes", [1, 3])
+def test_wrong_labels_are_wrong(cgan, monkeypatch, tmp_path, mismatch, n_classes):
+    """Every other label comes up, never the right one; with one class there is none."""
+    folder = make_folder(tmp_path / "images", classes="abc"[:n_classes], per_class=40)
+    seen, step = [], cgan.discriminator_step
+    monkeypatch.setattr(cgan, "discriminator_step", lambda *args: (seen.append(args[3]), step(*args))[1])
+    options = ["--dataset", folder, "--n_epochs", 2, "--batch_size", 8, "--img_size", 8, "--mismatch", mismatch]
+    cgan.train(cgan.parse_args([*map(str, options), "--out_dir", str(tmp_path / "run")]))
+    labels = torch.cat(seen)
+    if mismatch and n_classes > 1:
+        offsets = (labels[:, 1] - labels[:, 0]) % n_classes
+        assert set(offsets.tolist()) == {1, 2} and 0 <= labels.min() and labels.max() < n_classes
+    else:
+        assert labels.ndim == 1
 
 
 @pytest.mark.parametrize("arch", ["mlp", "conv"])
@@ -178,6 +211,7 @@ def test_generate_spreads_over_the_classes(cgan, small, command):
         (["--labels", "-1"], "argument --labels"),
         (["--ema", "1"], "argument --ema"),
         (["--ema", "-0.1"], "argument --ema"),
+        (["--mismatch", "1"], "argument --mismatch"),
     ],
 )
 def test_bad_options(cgan, command, tmp_path, monkeypatch, arguments, says):
