@@ -7,7 +7,8 @@ D learns to classify; G is trained by the non-saturating loss, which keeps its g
     max_G  E[log D(G(z))]                           with D = sigmoid of the logit
 
 GAN: Goodfellow et al. 2014, arXiv:1406.2661 (equation 1, and section 3 for G's loss). --arch conv is DCGAN:
-Radford et al. 2015, arXiv:1511.06434. Averaged generator: Yazici et al. 2019, arXiv:1806.04498.
+Radford et al. 2015, arXiv:1511.06434. Noise on what D sees: Sønderby et al. 2016, arXiv:1610.04490. Averaged
+generator: Yazici et al. 2019, arXiv:1806.04498.
 
     python gan.py --n_epochs 20                          # MNIST; without a network: built-in digits
     python gan.py --arch conv --dataset path/to/folder   # your images, in one or more sub-folders
@@ -69,6 +70,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--b2", type=number(float, below=1), default=0.999, help="Adam's decay of the mean square, in [0, 1)")
     add("--arch", choices=["mlp", "conv"], default="mlp", help="both networks fully connected, or convolutional")
     add("--ema", type=number(float, below=1), default=0.999, help="decay a step of G's average, in [0, 1); 0: off")
+    add("--noise", type=number(float), default=0.2, help="deviation of the noise on the images that D sees; 0: off")
     add("--latent_dim", type=number(int, 1), default=100, help="size of z")
     add(
         "--img_size",
@@ -121,10 +123,15 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images (N, channels, img_size, img_size) in [-1, 1] -> logits (N, 1): the log-odds that an image is real."""
+    """Images (N, channels, img_size, img_size) in [-1, 1] -> logits (N, 1): the log-odds that an image is real.
 
-    def __init__(self, img_size: int, channels: int, arch: str = "mlp"):
+    In training it sees them through noise (arXiv:1610.04490). A black background is exactly -1, which no tanh reaches:
+    by that alone D would know a fake, and G would learn nothing about digits from it.
+    """
+
+    def __init__(self, img_size: int, channels: int, arch: str = "mlp", noise: float = 0.0):
         super().__init__()
+        self.noise = noise
         if arch == "mlp":
             layers = [nn.Flatten(), nn.Linear(channels * img_size**2, 512), nn.LeakyReLU(0.2)]
             layers += [nn.Linear(512, 256), nn.LeakyReLU(0.2), nn.Linear(256, 1)]
@@ -138,6 +145,9 @@ class Discriminator(nn.Module):
             self.apply(dcgan_init)
 
     def forward(self, images: Tensor) -> Tensor:
+        if self.training and self.noise:  # these are this process's rows: the noise is drawn for the whole batch
+            noise = torch.randn(len(images) * WORLD, *images.shape[1:], device=images.device)
+            images = images + self.noise * share(noise)
         return self.net(images)
 
 
@@ -205,7 +215,7 @@ def train(opt: argparse.Namespace) -> Path:
 
     torch.manual_seed(opt.seed)
     G = Generator(opt.latent_dim, opt.img_size, opt.channels, opt.arch).to(device)
-    D = Discriminator(opt.img_size, opt.channels, opt.arch).to(device)
+    D = Discriminator(opt.img_size, opt.channels, opt.arch, opt.noise).to(device)
     G_avg = copy.deepcopy(G).eval()
     opt_G = torch.optim.Adam(G.parameters(), lr=opt.lr, betas=(opt.b1, opt.b2), fused=True)
     opt_D = torch.optim.Adam(D.parameters(), lr=opt.lr, betas=(opt.b1, opt.b2), fused=True)

@@ -106,6 +106,17 @@ def test_each_step_trains_one_network_alone(gan, arch):
     assert any(not torch.equal(a, b) for a, b in zip(weights_D, D.parameters()))
 
 
+def test_noise_on_what_the_discriminator_sees(gan):
+    """In training alone, new for each pass and each pixel, of the deviation asked for."""
+    D = gan.Discriminator(64, 1, noise=0.2)
+    D.net = nn.Identity()
+    images = torch.zeros(20, 1, 64, 64)
+    one, two = D(images), D(images)
+    assert not torch.equal(one, two) and one.mean().abs() < 0.01
+    assert one.std().item() == pytest.approx(0.2, rel=0.02)
+    assert torch.equal(D.eval()(images), images)
+
+
 def test_the_size_goes_with_the_arch(gan, command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert gan.parse_args(["--arch", "conv"]).img_size == 32

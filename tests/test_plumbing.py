@@ -39,7 +39,7 @@ VAE |= dict(
 )
 DEFAULTS = {
     "vae": COMMON | VAE | dict(img_size=32, out_dir="runs/vae", labels=None),
-    "gan": COMMON | GAN | dict(img_size=28, out_dir="runs/gan"),
+    "gan": COMMON | GAN | dict(img_size=28, out_dir="runs/gan", noise=0.2),
     "cgan": COMMON | GAN | dict(img_size=32, out_dir="runs/cgan", labels=None, conditioning="projection", mismatch=0.1),
 }
 
