@@ -7,7 +7,8 @@ distribution p(x|z). Both are trained to maximise a bound on the likelihood, in 
 
 VAE: Kingma & Welling 2013, arXiv:1312.6114 (equation 10, appendix B for the KL). beta: Higgins et al. 2017.
 --sigma auto: Rybkin et al. 2020, arXiv:2006.13202. --iw_samples: Burda et al. 2015, arXiv:1509.00519 (equation 8).
---conditional: Sohn et al. 2015.
+--conditional: Sohn et al. 2015. What is tested, drawn and kept is an average of the model's weights over the last
+steps (Polyak & Juditsky 1992).
 
     python vae.py --n_epochs 20                          # MNIST; without a network: built-in digits
     python vae.py --arch conv --dataset path/to/folder   # your images, one sub-folder a class
@@ -45,12 +46,13 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import pil_to_tensor, resize, rgb_to_grayscale, to_pil_image
 from torchvision.utils import save_image
 
 SCRIPT = "vae"  # in checkpoints: only the script that wrote one can read it
-HIDDEN_DIMS = {"vanilla": [32, 64, 128, 256, 512], "conv": [64, 128, 256, 512], "mlp": [400]}
+HIDDEN_DIMS = {"vanilla": [32, 64, 128, 256, 512], "conv": [64, 128, 256, 512], "mlp": [400], "mixed": [32, 64, 256]}
 
 # ---------------------------------------------------------------- options
 
@@ -68,16 +70,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lr", type=number(float, above=0), default=1e-3, help="Adam's learning rate, above 0")
     add("--b1", type=number(float, below=1), default=0.9, help="Adam's decay of the mean gradient, in [0, 1)")
     add("--b2", type=number(float, below=1), default=0.999, help="Adam's decay of the mean square, in [0, 1)")
-    add("--arch", choices=list(HIDDEN_DIMS), default="vanilla", help="3x3 convolutions, 4x4 ones, or fully connected")
+    add("--arch", choices=list(HIDDEN_DIMS), default="vanilla", help="convolutional, fully connected, or mixed")
     add("--hidden_dims", type=number(int, 1), nargs="+", help="channels or units a layer; None: as --arch has them")
     add("--likelihood", choices=["gaussian", "bernoulli"], default="gaussian", help="p(x|z) of a pixel")
     add("--sigma", type=sigma, default="auto", help="gaussian: deviation of a pixel, above 0; auto: the best one")
     add("--beta", type=number(float), default=1.0, help="weight of the KL, 0 or more; 1 is the ELBO")
     add("--conditional", action=argparse.BooleanOptionalAction, default=False, help="encode and decode given the label")
+    add("--ema", type=number(float, below=1), default=0.999, help="decay a step of the model's average; 0: off")
     add("--binarize", action=argparse.BooleanOptionalAction, default=False, help="draw binary pixels anew each time")
     add("--iw_samples", type=number(int), default=0, help="samples of the importance-weighted test bound; 0: none")
     add("--latent_dim", type=number(int, 1), default=128, help="size of z")
-    add("--img_size", type=number(int, 1), default=32, help="images are resized to this side; conv: a multiple of 16")
+    add("--img_size", type=number(int, 1), default=32, help="images are resized to this side; conv: 16 k, mixed: 4 k")
     add("--channels", type=int, choices=[1, 3], help="1 is grey, 3 is colour; None: as in the data")
     add("--n_classes", type=number(int, 1), help="number of classes; None: as in the data")
     add("--sample_interval", type=number(int, 1), default=400, help="batches between sample grids")
@@ -94,8 +97,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--reconstruct", metavar="FOLDER", help="with --resume: write its images beside their reconstructions")
     opt = finish_options(p, argv, instead=("generate", "reconstruct"), free=("seed", "labels"))
     opt.hidden_dims = opt.hidden_dims or HIDDEN_DIMS[opt.arch]
-    if opt.arch == "conv" and opt.img_size % 2 ** len(opt.hidden_dims):
-        p.error(f"--img_size {opt.img_size}: --arch conv needs a multiple of {2 ** len(opt.hidden_dims)}")
+    halvings = {"conv": len(opt.hidden_dims), "mixed": len(opt.hidden_dims) - 1}.get(opt.arch, 0)
+    if opt.img_size % 2**halvings:
+        p.error(f"--img_size {opt.img_size}: --arch {opt.arch} needs a multiple of {2**halvings}")
+    if opt.arch == "mixed" and not halvings:
+        p.error("--hidden_dims: --arch mixed needs the channels of one convolution or more, then the units of a layer")
     if opt.binarize and opt.likelihood != "bernoulli":
         p.error("--binarize goes with --likelihood bernoulli")
     if opt.labels and not (opt.generate and opt.conditional):
@@ -121,7 +127,7 @@ class VAE(nn.Module):
     def __init__(self, arch: str, hidden_dims: list, latent_dim: int, img_size: int, channels: int, n_classes: int = 0):
         super().__init__()
         self.latent_dim, self.n_classes = latent_dim, n_classes
-        layers = {"vanilla": vanilla_layers, "conv": conv_layers, "mlp": mlp_layers}[arch]
+        layers = {"vanilla": vanilla_layers, "conv": conv_layers, "mlp": mlp_layers, "mixed": mixed_layers}[arch]
         # The encoder sees the label as one more channel: an image of its own, learnt for each class.
         encoder, n_features, decoder = layers(hidden_dims, img_size, channels + (n_classes > 0), channels)
         if n_classes:
@@ -206,6 +212,18 @@ def mlp_layers(dims: list[int], size: int, n_in: int, n_out: int) -> tuple[list,
     return encoder, dims[-1], [*decoder, nn.Linear(dims[0], n_out * size**2), nn.Unflatten(1, (n_out, size, size))]
 
 
+def mixed_layers(dims: list[int], size: int, n_in: int, n_out: int) -> tuple[list, int, list]:
+    """4x4 convolutions that halve the side, then a fully connected layer, the last of dims; SiLU, no batch norm."""
+    *dims, units = dims
+    side = size // 2 ** len(dims)
+    encoder, decoder = [], [nn.SiLU(), nn.Linear(units, dims[-1] * side**2), nn.Unflatten(1, (dims[-1], side, side))]
+    for a, b in zip([n_in, *dims], dims):
+        encoder += [nn.Conv2d(a, b, 4, 2, 1), nn.SiLU()]
+    for a, b in zip(dims[::-1], [*dims[-2::-1], n_out]):
+        decoder += [nn.SiLU(), nn.ConvTranspose2d(a, b, 4, 2, 1)]
+    return [*encoder, nn.Flatten(), nn.Linear(dims[-1] * side**2, units), nn.SiLU()], units, decoder
+
+
 # ---------------------------------------------------------------- the objective, and one training step
 
 
@@ -253,19 +271,26 @@ def train_step(model: VAE, optimizer: Optimizer, x: Tensor, labels: Tensor | Non
     return dict(elbo=(log_px - kl).detach(), log_px=log_px.detach(), kl=kl.detach())
 
 
+def average(model_avg: VAE, model: VAE, decay: float, step: int) -> None:
+    """Move the averaged model towards the model. Its memory starts short: a short run is not stuck at the start."""
+    decay = min(decay, (1 + step) / (10 + step)) if decay else 0.0
+    pairs = zip(model_avg.state_dict().values(), model.state_dict().values())
+    averages, values = zip(*((a, v) for a, v in pairs if a.is_floating_point()))
+    get_ema_multi_avg_fn(decay)(averages, values, None)
+
+
 @torch.no_grad()
 def test(model: VAE, images: Tensor, labels: Tensor, opt: argparse.Namespace) -> dict[str, float]:
     """ELBO of the test images and its two terms, in nats per image, and the ELBO in bits per dimension.
 
-    For --likelihood gaussian these are log-densities of pixels in [0, 1].
+    The model is one in eval mode, as the averaged one is. For --likelihood gaussian these are log-densities of pixels
+    in [0, 1].
     """
-    model.eval()
     log_px, kl = 0.0, 0.0
     for x, y in test_batches(images, labels, opt):
         logits, mu, logvar = model(x, y)
         log_px += log_likelihood(x, logits, opt.likelihood, model.variance).sum() / len(images)
         kl += kl_divergence(mu, logvar).sum() / len(images)
-    model.train()
     elbo = float(log_px - kl)
     bits = -elbo / math.log(2) / images[0].numel()
     return dict(test_elbo=elbo, test_log_px=float(log_px), test_kl=float(kl), test_bits_per_dim=bits)
@@ -307,6 +332,7 @@ def train(opt: argparse.Namespace) -> Path:
     model.start_from(images[:: len(images) // 1000 + 1].float().mean(0) / 255)
     if opt.likelihood == "gaussian" and opt.sigma != "auto":
         model.variance.fill_(opt.sigma**2)
+    model_avg = copy.deepcopy(model).eval()
     optimizer = torch.optim.Adam(model.parameters(), lr=opt.lr, betas=(opt.b1, opt.b2), fused=True)
     distribute(model)
     if opt.compile:
@@ -324,12 +350,10 @@ def train(opt: argparse.Namespace) -> Path:
 
     @torch.no_grad()
     def pictures() -> None:
-        model.eval()
-        run.picture("sample", model.decode(grid_z, grid_labels).sigmoid(), columns)
-        run.picture("recon", torch.cat([x[half], model.reconstruct(x, y)[half]]), len(x[half]))
-        model.train()
+        run.picture("sample", model_avg.decode(grid_z, grid_labels).sigmoid(), columns)
+        run.picture("recon", torch.cat([x[half], model_avg.reconstruct(x, y)[half]]), len(x[half]))
 
-    with Run(opt, device, len(batches), model=model, optimizer=optimizer) as run:
+    with Run(opt, device, len(batches), model=model, model_avg=model_avg, optimizer=optimizer) as run:
         if run.batches_done == 0:
             pictures()
         for _ in run.epochs():
@@ -337,18 +361,18 @@ def train(opt: argparse.Namespace) -> Path:
                 if opt.binarize:
                     real = (share(torch.rand(opt.batch_size, *real.shape[1:], device=device)) < real).float()
                 run.record(**train_step(model, optimizer, real, labels if opt.conditional else None, opt))
+                average(model_avg, model, opt.ema, run.batches_done)
                 if run.batches_done % opt.sample_interval == 0:
                     pictures()
-            run.extra = test(model, test_images, test_labels, opt)
+            run.extra = test(model_avg, test_images, test_labels, opt)
         pictures()
         run.animate("sample", "training.gif")
         run.animate("recon", "recon.gif")
-        model.eval()
         if RANK == 0:
-            draw_latent_space(model, x, y, run.folder)
+            draw_latent_space(model_avg, x, y, run.folder)
         if opt.iw_samples:
             parts = test_batches(test_images, test_labels, opt)
-            bounds = [importance_weighted_bound(model, *part, opt.iw_samples, opt.likelihood) for part in parts]
+            bounds = [importance_weighted_bound(model_avg, *part, opt.iw_samples, opt.likelihood) for part in parts]
             say(f"importance-weighted test bound with {opt.iw_samples} samples: {torch.cat(bounds).mean():.2f} nats")
     return run.folder
 
@@ -385,13 +409,13 @@ def draw_latent_space(model: VAE, x: Tensor, labels: Tensor | None, folder: Path
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> VAE:
-    """The model of a run folder or checkpoint, in eval mode; `.options` are those it was trained with.
+    """The averaged model of a run folder or checkpoint, in eval mode; `.options` are those it was trained with.
 
     Raises UserError if the path has none.
     """
     state = read_checkpoint(path)
     model = build(state["options"])
-    model.load_state_dict(state["model"])
+    model.load_state_dict(state["model_avg"])
     model.options = state["options"]
     return model.to(device).eval().requires_grad_(False)
 

@@ -33,7 +33,7 @@ def test_the_blocks_are_the_same_in_every_script():
 COMMON = dict(n_epochs=200, batch_size=64, channels=None, n_classes=None, sample_interval=400, n_cpu=8, dataset="mnist")
 COMMON |= dict(data_dir="data", seed=0, device="auto", compile=False, resume=None, generate=None)
 GAN = dict(lr=2e-4, b1=0.5, b2=0.999, latent_dim=100, arch="mlp", ema=0.999)
-VAE = dict(lr=1e-3, b1=0.9, b2=0.999, latent_dim=128, arch="vanilla", hidden_dims=[32, 64, 128, 256, 512])
+VAE = dict(lr=1e-3, b1=0.9, b2=0.999, latent_dim=128, arch="vanilla", hidden_dims=[32, 64, 128, 256, 512], ema=0.999)
 VAE |= dict(
     likelihood="gaussian", sigma="auto", beta=1.0, conditional=False, binarize=False, iw_samples=0, reconstruct=None
 )

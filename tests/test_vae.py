@@ -1,4 +1,4 @@
-"""vae.py: the objective against torch.distributions, the bounds, the three architectures."""
+"""vae.py: the objective against torch.distributions, the bounds, the architectures."""
 
 import argparse
 import math
@@ -17,7 +17,7 @@ def vae():
     return vae
 
 
-ARCHES = {"vanilla": [32, 64, 128, 256, 512], "conv": [64, 128, 256, 512], "mlp": [400]}
+ARCHES = {"vanilla": [32, 64, 128, 256, 512], "conv": [64, 128, 256, 512], "mlp": [400], "mixed": [32, 64, 256]}
 ONE = torch.ones(())
 
 
@@ -174,7 +174,7 @@ def test_the_bound_is_never_below_the_elbo_of_the_same_samples(vae, toy):
 # ---------------------------------------------------------------- the network
 
 
-SIZES = {"vanilla": [16, 28, 48], "conv": [16, 48], "mlp": [16, 28, 48]}
+SIZES = {"vanilla": [16, 28, 48], "conv": [16, 48], "mlp": [16, 28, 48], "mixed": [16, 28]}
 
 
 @pytest.mark.parametrize("arch, img_size", [(arch, size) for arch, sizes in SIZES.items() for size in sizes])
@@ -214,6 +214,10 @@ def test_parameter_counts_worked_out_by_hand(vae):
     up = sum(conv(a, b, 4) + 2 * b for a, b in zip(dims[::-1], dims[-2::-1])) + conv(64, 1, 4)
     flat = 512 * 2 * 2
     assert count("conv", dims, 20, 32, 1) == down + up + 2 * (flat * 20 + 20) + 20 * flat + flat
+    # 28x28 images: the feature maps are 14 and 7 wide
+    down = conv(1, 32, 4) + conv(32, 64, 4) + (64 * 7 * 7 * 256 + 256)
+    up = (256 * 64 * 7 * 7 + 64 * 7 * 7) + conv(64, 32, 4) + conv(32, 1, 4)
+    assert count("mixed", ARCHES["mixed"], 20, 28, 1) == down + up + 2 * (256 * 20 + 20) + (20 * 256 + 256)
     # 784-400-20 and back, as in the paper
     assert count("mlp", [400], 20, 28, 1) == (784 * 400 + 400) + 2 * (400 * 20 + 20) + (20 * 400 + 400) + (
         400 * 784 + 784
@@ -237,7 +241,10 @@ def test_encoder_and_decoder_use_the_label(vae, arch):
     [
         (["--arch", "conv", "--img_size", "40"], ["--img_size 40", "multiple of 16"]),
         (["--arch", "conv", "--hidden_dims", "8", "16", "--img_size", "30"], ["--img_size 30", "multiple of 4"]),
+        (["--arch", "mixed", "--img_size", "30"], ["--img_size 30", "multiple of 4"]),
+        (["--arch", "mixed", "--hidden_dims", "8"], ["--hidden_dims", "mixed"]),
         (["--sigma", "0"], ["--sigma"]),
+        (["--ema", "1"], ["--ema"]),
         (["--sigma", "nan"], ["--sigma"]),
         (["--beta", "-1"], ["--beta"]),
         (["--beta", "inf"], ["--beta"]),
@@ -264,6 +271,29 @@ def test_every_tenth_image_of_a_folder_is_held_out(vae, tmp_path):
     assert torch.equal(test_images, everything[::10]) and test_labels.tolist() == [0, 0, 1]
     assert torch.equal(images, torch.stack([image for i, image in enumerate(everything) if i % 10]))
     assert labels.tolist() == [0] * 13 + [1] * 14
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_what_is_kept_is_the_average(vae, small, ema, monkeypatch):
+    """Its weights, and its batch norm statistics, of all batches; with --ema 0 the model as it is."""
+    seen, average = [], vae.average
+
+    def record(model_avg, model, decay, step):
+        seen.append(model.mu.weight.detach().clone())
+        average(model_avg, model, decay, step)
+
+    monkeypatch.setattr(vae, "average", record)
+    run = vae.train(vae.parse_args([*small, "--n_epochs", "1", "--hidden_dims", "4", "--ema", str(ema)]))
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    wanted = state["model"]["mu.weight"] if ema == 0 else state["model_avg"]["mu.weight"]
+    torch.testing.assert_close(vae.load(run).mu.weight, wanted)
+    if ema:  # the first steps forget faster: min(ema, (1 + step) / (10 + step))
+        torch.manual_seed(0)
+        start = vae.build(state["options"]).mu.weight.detach()
+        for step, weight in enumerate(seen, 1):
+            start = torch.lerp(weight, start, min(ema, (1 + step) / (10 + step)))
+        torch.testing.assert_close(wanted, start)
+        assert not torch.equal(wanted, state["model"]["mu.weight"])
 
 
 def test_pictures_and_log(vae, small):
