@@ -223,8 +223,10 @@ def train(opt: argparse.Namespace) -> Path:
     batches = Batches(images, labels, opt.batch_size)  # or a DataLoader of (images in [0, 1], labels), drop_last=True
 
     torch.manual_seed(opt.seed)
-    G = Generator(opt.latent_dim, opt.n_classes, opt.img_size, opt.channels, opt.arch).to(device)
-    D = Discriminator(opt.n_classes, opt.img_size, opt.channels, opt.arch, opt.conditioning).to(device)
+    G = Generator(opt.latent_dim, opt.n_classes, opt.img_size, opt.channels, opt.arch)
+    D = Discriminator(opt.n_classes, opt.img_size, opt.channels, opt.arch, opt.conditioning)
+    for network in (G, D):
+        network.to(device, memory_format=torch.channels_last)  # faster for convolutions
     G_avg = copy.deepcopy(G).eval()
     opt_G = torch.optim.Adam(G.parameters(), lr=opt.lr, betas=(opt.b1, opt.b2), fused=True)
     opt_D = torch.optim.Adam(D.parameters(), lr=opt.lr, betas=(opt.b1, opt.b2), fused=True)

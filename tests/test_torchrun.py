@@ -43,7 +43,7 @@ def test_two_processes_train_like_one(script, small):
     assert out.count("writing to two") == 1 and not Path("two-2").exists()
     assert len(Path("two/log.csv").read_text().splitlines()) == 2
     pairs = list(zip(gradients(one), gradients("two"), strict=True))
-    rounding = 1e-5 * max(a.abs().max().item() for (_, a), _ in pairs)
+    rounding = 1e-4 * max(a.abs().max().item() for (_, a), _ in pairs)
     for (name, a), (_, b) in pairs:
         torch.testing.assert_close(a, b, rtol=0, atol=rounding, msg=lambda m, name=name: f"{name}: {m}")
     script.train(script.parse_args(["--resume", "two", "--n_epochs", "2"]))
