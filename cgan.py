@@ -72,6 +72,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--arch", choices=["mlp", "conv"], default="mlp", help="both networks fully connected, or convolutional")
     add("--conditioning", choices=["projection", "concat"], default="projection", help="how D is given the label")
     add("--mismatch", type=number(float, below=1), default=0.1, help="weight of wrongly labelled images in D; 0: off")
+    add("--noise", type=number(float), default=0.0, help="deviation of the noise on the images that D sees; 0: off")
     add("--ema", type=number(float, below=1), default=0.999, help="decay a step of G's average, in [0, 1); 0: off")
     add("--latent_dim", type=number(int, 1), default=100, help="size of z")
     add("--img_size", type=number(int, 1), default=32, help="images are resized to this side; conv: a multiple of 8")
@@ -132,10 +133,16 @@ class Discriminator(nn.Module):
     """
 
     def __init__(
-        self, n_classes: int, img_size: int, channels: int, arch: str = "mlp", conditioning: str = "projection"
+        self,
+        n_classes: int,
+        img_size: int,
+        channels: int,
+        arch: str = "mlp",
+        conditioning: str = "projection",
+        noise: float = 0.0,
     ):
         super().__init__()
-        self.arch, self.concat = arch, conditioning == "concat"
+        self.arch, self.concat, self.noise = arch, conditioning == "concat", noise
         if arch == "mlp":
             n_features, n_embed = 512, n_classes
             layers = [nn.Linear(channels * img_size**2 + n_embed * self.concat, 512), nn.LeakyReLU(0.2)]
@@ -153,6 +160,9 @@ class Discriminator(nn.Module):
             nn.init.normal_(self.embed.weight, std=n_features**-0.5)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        if self.training and self.noise:  # these are this process's rows: the noise is drawn for the whole batch
+            noise = torch.randn(len(images) * WORLD, *images.shape[1:], device=images.device)
+            images = images + self.noise * share(noise)
         labels = labels.view(len(images), -1)
         e = self.embed(labels)
         if self.concat:
@@ -224,7 +234,7 @@ def train(opt: argparse.Namespace) -> Path:
 
     torch.manual_seed(opt.seed)
     G = Generator(opt.latent_dim, opt.n_classes, opt.img_size, opt.channels, opt.arch)
-    D = Discriminator(opt.n_classes, opt.img_size, opt.channels, opt.arch, opt.conditioning)
+    D = Discriminator(opt.n_classes, opt.img_size, opt.channels, opt.arch, opt.conditioning, opt.noise)
     for network in (G, D):
         network.to(device, memory_format=torch.channels_last)  # faster for convolutions
     G_avg = copy.deepcopy(G).eval()

@@ -59,6 +59,19 @@ def test_the_mlp_has_the_parameters_of_the_recipe(cgan):
     assert all(m.eps == 1e-5 for m in G.modules() if isinstance(m, nn.BatchNorm1d))
 
 
+def test_noise_on_what_the_discriminator_sees(cgan):
+    """In training alone, new for each pass and each pixel, of the deviation asked for."""
+    seen = []
+    D = cgan.Discriminator(3, 64, 1, noise=0.2)
+    D.features.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    images, labels = torch.zeros(20, 1, 64, 64), torch.zeros(20, dtype=torch.long)
+    for training in (True, True, False):
+        D.train(training)(images, labels)
+    assert not torch.equal(seen[0], seen[1]) and seen[0].mean().abs() < 0.01
+    assert seen[0].std().item() == pytest.approx(0.2, rel=0.02)
+    assert not seen[2].any()
+
+
 def test_projection_by_hand(cgan):
     """D(x, y) = w.h(x) + b + e(y).h(x)."""
     _, D = networks(cgan)

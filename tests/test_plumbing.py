@@ -33,6 +33,7 @@ def test_the_blocks_are_the_same_in_every_script():
 COMMON = dict(n_epochs=200, batch_size=64, channels=None, n_classes=None, sample_interval=400, n_cpu=8, dataset="mnist")
 COMMON |= dict(data_dir="data", seed=0, device="auto", compile=False, resume=None, generate=None)
 GAN = dict(lr=2e-4, b1=0.5, b2=0.999, latent_dim=100, arch="mlp", ema=0.999)
+CGAN = dict(conditioning="projection", mismatch=0.1, noise=0.0)
 VAE = dict(lr=1e-3, b1=0.9, b2=0.999, latent_dim=128, arch="vanilla", hidden_dims=[32, 64, 128, 256, 512], ema=0.999)
 VAE |= dict(
     likelihood="gaussian", sigma="auto", beta=1.0, conditional=False, binarize=False, iw_samples=0, reconstruct=None
@@ -40,7 +41,7 @@ VAE |= dict(
 DEFAULTS = {
     "vae": COMMON | VAE | dict(img_size=32, out_dir="runs/vae", labels=None),
     "gan": COMMON | GAN | dict(img_size=28, out_dir="runs/gan", noise=0.2),
-    "cgan": COMMON | GAN | dict(img_size=32, out_dir="runs/cgan", labels=None, conditioning="projection", mismatch=0.1),
+    "cgan": COMMON | GAN | CGAN | dict(img_size=32, out_dir="runs/cgan", labels=None),
 }
 
 
