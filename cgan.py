@@ -9,7 +9,8 @@ D pulling it to 0 and that of real images to 1. A real image with a wrong label 
 
 Conditional GAN: Mirza & Osindero 2014, arXiv:1411.1784 (equation 2). Least squares: Mao et al. 2017,
 arXiv:1611.04076 (equation 9). The label in D: Miyato & Koyama 2018, arXiv:1802.05637. Wrong labels: Reed et al.
-2016, arXiv:1605.05396 (algorithm 1). Averaged generator: Yazici et al. 2019, arXiv:1806.04498.
+2016, arXiv:1605.05396 (algorithm 1). Noise on what D sees: Sønderby et al. 2016, arXiv:1610.04490. Averaged generator:
+Yazici et al. 2019, arXiv:1806.04498.
 
     python cgan.py --n_epochs 20                          # MNIST; without a network: built-in digits
     python cgan.py --arch conv --dataset path/to/folder   # your images, one sub-folder a class
@@ -129,7 +130,8 @@ class Discriminator(nn.Module):
 
     Labels (N, K), K for each image, give scores (N, K). With features h(x) and an embedding e(y), --conditioning
     projection scores w.h(x) + e(y).h(x) (arXiv:1802.05637, equation 3), so that a second label costs next to nothing;
-    concat makes e(y) one more input of the network, as arXiv:1411.1784 does.
+    concat makes e(y) one more input of the network, as arXiv:1411.1784 does. In training D sees images through noise
+    (arXiv:1610.04490): a black background is exactly -1, which no tanh reaches, and would tell every fake.
     """
 
     def __init__(
