@@ -70,6 +70,13 @@ def test_noise_on_what_the_discriminator_sees(cgan):
     assert not torch.equal(seen[0], seen[1]) and seen[0].mean().abs() < 0.01
     assert seen[0].std().item() == pytest.approx(0.2, rel=0.02)
     assert not seen[2].any()
+    given = {
+        (): 0.0,
+        ("--arch", "conv"): 0.2,
+        ("--arch", "conv", "--noise", "0"): 0.0,
+        ("--noise", "0.1"): 0.1,
+    }
+    assert all(cgan.parse_args(list(argv)).noise == noise for argv, noise in given.items())
 
 
 def test_projection_by_hand(cgan):
