@@ -76,17 +76,12 @@ def floor(opt: argparse.Namespace) -> None:
     D = script.Discriminator(*extra, o.img_size, 1, "mlp", *([o.conditioning] if extra else []))
     opt_G, opt_D = (torch.optim.Adam(m.parameters(), lr=o.lr, betas=(o.b1, o.b2), fused=True) for m in (G, D))
     labels = torch.arange(o.batch_size) % 10
-    if not extra:
-        for_G, for_D, weight = [], [], []
-    elif o.mismatch:
-        for_G, for_D, weight = [labels], [torch.stack([labels, labels.roll(1)], 1)], [o.mismatch]
-    else:
-        for_G, for_D, weight = [labels], [labels], []
+    given = [labels] if extra else []
     real = torch.rand(o.batch_size, 1, o.img_size, o.img_size)
 
     def step():
-        _, fake = script.generator_step(G, D, opt_G, torch.randn(o.batch_size, o.latent_dim), *for_G)
-        script.discriminator_step(D, opt_D, real, *for_D, fake, *weight)
+        _, fake = script.generator_step(G, D, opt_G, torch.randn(o.batch_size, o.latent_dim), *given)
+        script.discriminator_step(D, opt_D, real, *given, fake)
 
     products = []
     for network, forward in ((G, 1), (D, 2)):  # D sees fakes and real images
@@ -126,7 +121,7 @@ def read_folder(opt: argparse.Namespace) -> None:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         o = script.parse_args(["--dataset", folder, "--img_size", str(size), *shlex.split(opt.ours)])
         start = time.perf_counter()
-        data = script.load_data(o, torch.device("cpu"))
+        data = script.load_data(o)
         taken = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     bytes_of_data = sum(t.numel() for t in data if t.dtype == torch.uint8)

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 SCRIPTS = ["vae", "gan", "cgan"]
 
 # MNIST cannot be downloaded during the tests, on any machine: nothing listens there.
-os.environ |= {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+os.environ |= dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
 
 
 @pytest.fixture(params=SCRIPTS)
@@ -47,22 +47,22 @@ def images(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("data") / "images")
 
 
+SMALL = ["--batch_size", "8", "--img_size", "16", "--latent_dim", "4", "--sample_interval", "4"]
+
+
 @pytest.fixture
-def small(images, tmp_path, monkeypatch):
+def small(script_name, images, tmp_path, monkeypatch):
     """Options of a short training, 6 batches an epoch (vae.py holds out every tenth image), in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    return [
-        "--dataset",
-        str(images),
-        "--batch_size",
-        "8",
-        "--img_size",
-        "16",
-        "--latent_dim",
-        "4",
-        "--sample_interval",
-        "4",
-    ]
+    return ["--dataset", str(images), *SMALL, *(["--arch", "mlp"] if script_name == "vae" else [])]
+
+
+@pytest.fixture
+def script_name(request):
+    """The script of this test: one of all, or the one that the file is about."""
+    if "script" in request.fixturenames:
+        return request.node.callspec.params["script"]
+    return request.module.__name__.removeprefix("test_")
 
 
 @pytest.fixture
@@ -80,6 +80,20 @@ def command(monkeypatch, capsys):
                 print(e.code, file=sys.stderr)
             status = 1 if isinstance(e.code, str) else e.code or 0
         return status, capsys.readouterr().err.splitlines()
+
+    return call
+
+
+@pytest.fixture
+def refused(command):
+    """Call a script as `command` does: it must fail, with all of `says` in one line, after argparse's usage if any."""
+
+    def call(script, *arguments, says=()):
+        status, lines = command(script, *arguments)
+        assert status in (1, 2), lines
+        assert lines[-1].startswith(f"{script.__name__}.py: error: "), lines
+        assert len(lines) == 1 or lines[0].startswith("usage: ") and status == 2, lines
+        assert all(str(word) in lines[-1] for word in says), lines[-1]
 
     return call
 

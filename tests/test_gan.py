@@ -52,7 +52,7 @@ def test_dcgan_starts_as_the_paper_says(gan):
                 assert abs(module.weight.mean() - 1) < 0.02 and (module.bias == 0).all()
     kinds = [type(module).__name__ for module in D.net]
     assert kinds.index("BatchNorm2d") > kinds.index("LeakyReLU"), "no batch norm on the discriminator's input layer"
-    assert [type(module).__name__ for module in G.net][-2:] == ["ConvTranspose2d", "Tanh"]
+    assert [type(module).__name__ for module in G][-2:] == ["ConvTranspose2d", "Tanh"]
 
 
 class Fixed(nn.Module):
@@ -117,11 +117,24 @@ def test_noise_on_what_the_discriminator_sees(gan):
     assert torch.equal(D.eval()(images), images)
 
 
-def test_the_size_goes_with_the_arch(gan, command, tmp_path, monkeypatch):
+def test_the_size_goes_with_the_arch(gan, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert gan.parse_args(["--arch", "conv"]).img_size == 32
-    status, lines = command(gan, "--arch", "conv", "--img_size", 28)
-    assert status == 2 and len(lines) == 1 and "--img_size 28" in lines[0] and "8" in lines[0]
+    refused(gan, "--arch", "conv", "--img_size", 28, says=["--img_size 28", "8"])
+
+
+def test_average_of_the_generator(gan):
+    G, _ = networks(gan)
+    G_avg = copy.deepcopy(G)
+    start = G[0].weight.clone(), G[3].running_mean.clone()
+    with torch.no_grad():
+        G[0].weight += 1
+        G[3].running_mean += 1  # what batch norm has seen is averaged, too
+    gan.average(G_avg, G, 0.9, step=10**6)
+    torch.testing.assert_close(G_avg[0].weight, start[0] + 0.1)
+    torch.testing.assert_close(G_avg[3].running_mean, start[1] + 0.1)
+    gan.average(G_avg, G, 0.9, step=0)  # early: 1 / 10 is kept
+    torch.testing.assert_close(G_avg[0].weight, start[0] + 0.1 + 0.9 * 0.9)
 
 
 def test_generate(gan, small, command):
