@@ -372,16 +372,14 @@ def start(opt: Namespace, loader: DataLoader, **parts) -> Namespace:
         raise TypeError("images must be uint8, from 0 to 255")
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group()
-    run = Namespace(parts=parts, per_epoch=len(loader), done=0, totals={}, rows=[], seconds=0.0)
-    run.folder = Path(opt.resume or opt.out_dir)
-    if opt.resume:
-        state = read_checkpoint(run.folder)
-        run.done, run.totals, run.rows, run.seconds = state["position"]
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-    elif RANK == 0:
+    run = Namespace(folder=Path(opt.resume or opt.out_dir), parts=parts, per_epoch=len(loader))
+    state = read_checkpoint(opt.resume) if opt.resume else dict(position=[0, {}, [], 0.0])
+    run.done, run.totals, run.rows, seconds = state["position"]
+    for name, part in parts.items() if opt.resume else ():
+        part.load_state_dict(state[name])
+    if RANK == 0 and not opt.resume:
         run.folder = new_folder(run.folder, "images")
-    run.began = time.monotonic() - run.seconds
+    run.began = time.monotonic() - seconds
     save(run, opt)
     if RANK == 0:
         print(f"{opt.dataset}, {len(loader)} batches an epoch; writing to {run.folder}", flush=True)
@@ -390,8 +388,8 @@ def start(opt: Namespace, loader: DataLoader, **parts) -> Namespace:
 
 def after_batch(run: Namespace, opt: Namespace, **losses: Tensor) -> None:
     """Count a batch and add up its losses; now and then report, and write a checkpoint."""
-    before = run.totals if run.done % run.per_epoch else dict.fromkeys(losses, 0)
-    run.done, run.totals = run.done + 1, {name: before[name] + loss for name, loss in losses.items()}
+    before = run.totals if run.done % run.per_epoch else {}
+    run.done, run.totals = run.done + 1, {name: before.get(name, 0) + loss for name, loss in losses.items()}
     if run.done % run.per_epoch:
         if run.done % (50 if sys.stdout.isatty() else opt.sample_interval) == 0:
             report(run, opt)
@@ -412,8 +410,9 @@ def report(run: Namespace, opt: Namespace, **more: float) -> dict[str, float]:
     row |= {name: float(total) / n for name, total in run.totals.items()} | more
     row |= dict(seconds=round(seconds, 2), images_per_second=round(n * opt.batch_size / seconds))
     if RANK == 0:
-        text, terminal = " ".join(f"{name} {value:.6g}" for name, value in row.items()), sys.stdout.isatty()
-        print(f"{text:79.79}" if terminal else text, end="\r" if terminal else "\n", flush=True)
+        text = " ".join(f"{name} {value:.4g}" for name, value in row.items())
+        width = os.get_terminal_size().columns - 1 if sys.stdout.isatty() else 0  # there, over the last report
+        print(f"{text:{width}.{width}}" if width else text, end="\r" if width else "\n", flush=True)
     return row
 
 
