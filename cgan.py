@@ -41,7 +41,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 from torchvision import datasets, utils
 from torchvision.transforms import v2
 
-SCRIPT = "cgan"  # only the script that wrote a checkpoint can read it
+SCRIPT = "cgan"  # in checkpoints, which no other script can read; give your copy a name of its own
 
 # ---------------- options
 
@@ -115,7 +115,8 @@ class Discriminator(nn.Module):
     """Images (N, channels, img_size, img_size) in [-1, 1], labels (N,) -> scores (N, 1): 1 for real, 0 for fake.
 
     conditioning: projection scores w.h(x) + e(y).h(x) with features h and an embedding e (arXiv:1802.05637);
-    concat makes e(y) one more input. noise: D would know fakes by a background not quite black (arXiv:1610.04490).
+    concat makes e(y) one more input. noise: deviation of what is added to all images in training, or D would know
+    fakes by a background not quite black (arXiv:1610.04490).
     """
 
     def __init__(
@@ -158,18 +159,21 @@ class Discriminator(nn.Module):
 
 
 def generator_step(G: nn.Module, D: nn.Module, opt_G: Optimizer, z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Pull D's scores of fakes to 1; D stays. Returns loss and scores (N, 1), with their graph: D sees fakes once."""
+    """Pull D's scores of fakes to 1; D's weights and gradients stay. Returns the loss and the scores (N, 1).
+
+    discriminator_step takes the scores with their graph, so that D sees a fake once.
+    """
     fake_scores = D(G(z, labels), labels).float()
     loss = (fake_scores - 1).square().mean()
     opt_G.zero_grad()
-    loss.backward(inputs=list(G.parameters()), retain_graph=True)
+    loss.backward(inputs=list(G.parameters()), retain_graph=True)  # discriminator_step goes back through D once more
     mean_gradients(G)
     opt_G.step()
     return loss.detach(), fake_scores
 
 
 def discriminator_step(D: nn.Module, opt_D: Optimizer, real: Tensor, labels: Tensor, fake_scores: Tensor) -> Tensor:
-    """Pull D's scores of real images, in [-1, 1], to 1 and those of fakes to 0; G stays as it is. Returns the loss."""
+    """Pull D's scores of real images, in [-1, 1], to 1 and those of fakes to 0; G stays. Returns the loss."""
     loss = ((D(real, labels).float() - 1).square().mean() + fake_scores.square().mean()) / 2
     opt_D.zero_grad()
     loss.backward(inputs=list(D.parameters()))
@@ -182,16 +186,19 @@ def average(G_avg: nn.Module, G: nn.Module, decay: float, step: int) -> None:
     """Move G_avg towards G. Its memory is short at first, so that it forgets how G started."""
     decay = min(decay, (1 + step) / (10 + step)) if decay else 0.0
     pairs = zip(G_avg.state_dict().values(), G.state_dict().values())  # batch norm's statistics, too
-    averages, values = zip(*((a, v) for a, v in pairs if a.is_floating_point()))
+    averages, values = zip(*((a, v) for a, v in pairs if a.is_floating_point()))  # not counters
     torch.optim.swa_utils.get_ema_multi_avg_fn(decay)(averages, values, None)
 
 
 def train(opt: Namespace) -> Path:
-    """Train and return the run's folder. Raises OSError for bad data or files, FloatingPointError for a bad loss."""
+    """Train with the options of parse_args, adding to them what the data decides; returns the run's folder.
+
+    Raises OSError for data or files that cannot be used, FloatingPointError for a loss that is not finite.
+    """
     device = find_device(opt)
     data = TensorDataset(*(part.to(device) for part in load_data(opt)))
     sampler = BatchSampler(RandomSampler(data), opt.batch_size, drop_last=True)
-    loader = DataLoader(data, sampler=sampler, batch_size=None)
+    loader = DataLoader(data, sampler=sampler, batch_size=None)  # a batch is data[[3, 1, ...]]: one look-up, not 64
 
     torch.manual_seed(opt.seed)
     G = Generator(opt.latent_dim, opt.n_classes, opt.img_size, opt.channels, opt.arch)
@@ -211,13 +218,13 @@ def train(opt: Namespace) -> Path:
     run = start(opt, loader, G=G, D=D, G_avg=G_avg, opt_G=opt_G, opt_D=opt_D)
     try:
         for epoch in range(run.done // len(loader), opt.n_epochs):
-            seed(opt.seed, "epoch", epoch)  # decides the order of the images
+            seed(opt.seed, "epoch", epoch)  # of the order of the images
             for i, (real, labels) in enumerate(loader, epoch * len(loader)):
-                if i < run.done:  # it came before the checkpoint
+                if i < run.done:  # trained before the checkpoint
                     continue
                 if i % opt.sample_interval == 0:
                     save_grid(run, (G_avg(grid_z, grid_labels) + 1) / 2, columns)
-                seed(opt.seed, "batch", i, RANK)  # a batch is a function of weights and number
+                seed(opt.seed, "batch", i, RANK)  # of noise and dropout, so that a resumed run has the same
                 real, labels = (part[RANK::WORLD].to(device) for part in (real, labels))
                 z = torch.randn(len(real), opt.latent_dim, device=device)
                 fake_labels = torch.randint(opt.n_classes, (len(real),), device=device)
@@ -233,7 +240,10 @@ def train(opt: Namespace) -> Path:
 
 
 def load(run: str | Path, device: str | torch.device = "cpu") -> Generator:
-    """The averaged generator of a run's folder, in eval mode, with its `.options`. Raises OSError if it has none."""
+    """The averaged generator of a run's folder, in eval mode; `.options` are those it was trained with.
+
+    G(z, labels) -> images (N, channels, img_size, img_size) in [-1, 1]. Raises OSError if the folder has none.
+    """
     state = read_checkpoint(run)
     G = Generator(*(state["options"][k] for k in ("latent_dim", "n_classes", "img_size", "channels", "arch")))
     G.load_state_dict(state["G_avg"])
@@ -276,10 +286,8 @@ def find_device(opt: Namespace) -> torch.device:
         torch.zeros(1, device=device).item()
         if opt.amp:
             torch.autocast(device.type, torch.bfloat16)
-    except (RuntimeError, AssertionError) as e:  # torch raises both
+    except (RuntimeError, AssertionError, ImportError) as e:  # torch raises all three
         raise OSError(f"--device {opt.device}{' --amp' * opt.amp}: not on this machine; try --device auto") from e
-    if RANK and not dist.is_initialized():
-        dist.init_process_group()  # when the first process has the data
     return device
 
 
@@ -310,11 +318,11 @@ def number(kind: type, low: float = 0, below: float = 2**31) -> Callable:
 def finish_options(p: ArgumentParser, argv: list[str] | None, acts: list[str], free: list[str]) -> Namespace:
     """Parse argv; with --resume the run's options are the defaults, and only `free` and `acts` on it may change."""
     opt = p.parse_args(argv)
-    acting = any(getattr(opt, name) for name in acts)
-    if acting and not opt.resume:
+    acting = any(getattr(opt, name) is not None for name in acts)
+    if acting and opt.resume is None:
         p.error(f"--{', --'.join(acts)}: only with --resume RUN")
-    saved = read_checkpoint(opt.resume)["options"] if opt.resume else {}
-    p.set_defaults(**saved)
+    saved = read_checkpoint(opt.resume)["options"] if opt.resume is not None else {}
+    p.set_defaults(**saved)  # for what argv leaves out
     opt = p.parse_args(argv)
     free = {"resume", "n_epochs", "sample_interval", "n_cpu", "data_dir", "device", "amp", "compile", *acts, *free}
     for name in saved.keys() - free - {"seed" if acting else ""}:
@@ -342,6 +350,8 @@ DATASETS = dict(mnist=datasets.MNIST, fashion_mnist=datasets.FashionMNIST, cifar
 
 def load_data(opt: Namespace, train: bool = True) -> tuple[Tensor, Tensor]:
     """Images, uint8 (N, channels, img_size, img_size), and labels (N,). Adds to opt what the data decides."""
+    if RANK and not dist.is_initialized():
+        dist.init_process_group()  # waits for the first process, which joins in start() when it has the data
     if opt.dataset in (None, *DATASETS):
         name, classes = opt.dataset or "mnist", [str(k) for k in range(10)]
         socket.setdefaulttimeout(20)  # seconds: a network that swallows packets ends, too
@@ -360,8 +370,8 @@ def load_data(opt: Namespace, train: bool = True) -> tuple[Tensor, Tensor]:
             images = v2.functional.rgb_to_grayscale(images, opt.channels)  # or grey in three channels
         images = v2.functional.resize(images, [opt.img_size, opt.img_size])
     else:
-        if Path(opt.dataset, "checkpoint.pt").exists():
-            raise OSError(f"--dataset {opt.dataset}: a run, not a folder of images")
+        if not Path(opt.dataset).is_dir() or Path(opt.dataset, "checkpoint.pt").exists():
+            raise OSError(f"--dataset {opt.dataset}: neither one of {', '.join(DATASETS)} nor a folder of images")
         data = datasets.ImageFolder(opt.dataset, loader=functools.partial(read_image, opt=opt))
         opt.channels, classes, labels = opt.channels or 3, data.classes, torch.tensor(data.targets)
         images = torch.empty(len(data), opt.channels, opt.img_size, opt.img_size, dtype=torch.uint8)
@@ -369,7 +379,7 @@ def load_data(opt: Namespace, train: bool = True) -> tuple[Tensor, Tensor]:
         for i, (part, _) in enumerate(DataLoader(data, 64, num_workers=workers)):
             images[i * 64 : i * 64 + 64] = part
     if opt.n_classes not in (None, len(classes)) or getattr(opt, "classes", classes) != classes:
-        raise OSError(f"--n_classes {opt.n_classes}, or the run's: the data has {len(classes)}, {classes}")
+        raise OSError(f"--n_classes {opt.n_classes} {vars(opt).get('classes')}: the data has {len(classes)}, {classes}")
     opt.n_classes, opt.classes = len(classes), classes
     return images, labels
 
@@ -392,29 +402,30 @@ CHECKPOINT_SECONDS = 30  # at most so much is trained again after a stop
 
 def start(opt: Namespace, loader: DataLoader, **parts) -> Namespace:
     """A new run, or the one to resume at its checkpoint, which holds `parts`; `done` counts batches."""
-    if len(loader) == 0 or opt.batch_size % WORLD:
-        raise OSError(f"--batch_size {opt.batch_size}: fewer images, or no multiple of {WORLD} processes")
+    if len(loader) == 0 or opt.batch_size % WORLD or opt.batch_size < 2 * WORLD:
+        raise OSError(f"--batch_size {opt.batch_size}: for {len(loader.dataset)} images and {WORLD} processes to share")
     if loader.dataset[0][0].dtype != torch.uint8:
         raise TypeError("images must be uint8, from 0 to 255")
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group()
     run = Namespace(folder=Path(opt.resume or opt.out_dir), parts=parts, per_epoch=len(loader))
-    state = read_checkpoint(opt.resume) if opt.resume else dict(position=[0, {}, [], 0.0])
-    run.done, run.totals, run.rows, seconds = state["position"]
+    state = read_checkpoint(opt.resume) if opt.resume else dict(position=[0, len(loader), {}, [], 0.0])
+    run.done, per_epoch, run.totals, run.rows, seconds = state["position"]
+    if per_epoch != len(loader):
+        raise OSError(f"{opt.dataset} has {len(loader)} batches an epoch now, and had {per_epoch}: start a new run")
     for name, part in parts.items() if opt.resume else ():
         part.load_state_dict(state[name])
-    if RANK == 0 and not opt.resume:
-        run.folder = new_folder(run.folder, "images")
+    run.folder = run.folder if RANK or opt.resume else new_folder(run.folder, "images")
     run.began = time.monotonic() - seconds
     save(run, opt)
     if RANK == 0:
-        print(f"{opt.dataset}, {len(loader)} batches an epoch; writing to {run.folder}", flush=True)
+        print(f"{opt.dataset}: {len(loader)} batches an epoch, {run.done} done; writing to {run.folder}", flush=True)
     return run
 
 
 def after_batch(run: Namespace, opt: Namespace, **losses: Tensor) -> None:
     """Count a batch and add up its losses; now and then report, and write a checkpoint."""
-    before = run.totals if run.done % run.per_epoch else {}
+    before = run.totals if run.done % run.per_epoch else {}  # sums start anew with an epoch
     run.done, run.totals = run.done + 1, {name: before.get(name, 0) + loss for name, loss in losses.items()}
     if run.done % run.per_epoch:
         if run.done % (50 if sys.stdout.isatty() else opt.sample_interval) == 0:
@@ -448,12 +459,12 @@ def save(run: Namespace, opt: Namespace) -> None:
     if RANK:
         return
     weights = [p for part in run.parts.values() if isinstance(part, nn.Module) for p in part.parameters()]
-    if not all(x.isfinite().all() for x in [*weights, *run.totals.values()]):
+    if not all(torch.as_tensor(x).isfinite().all() for x in [*weights, *run.totals.values()]):
         place = f"batch {run.done}, epoch {-(-run.done // run.per_epoch)}"
-        raise FloatingPointError(f"{place}: a loss or weight is not finite; start a new run with a lower --lr")
+        raise FloatingPointError(f"by {place} a loss or weight is not finite; start a new run with a lower --lr")
     state = {name: part.state_dict() for name, part in run.parts.items()} | dict(script=SCRIPT, options=vars(opt))
-    state["position"] = [run.done, run.totals, run.rows, run.saved - run.began]
-    table = [*run.rows[:1], *(row.values() for row in run.rows)]
+    state["position"] = [run.done, run.per_epoch, run.totals, run.rows, run.saved - run.began]
+    table = [*run.rows[:1], *(row.values() for row in run.rows)]  # first the keys
     new = run.folder / "checkpoint.tmp"
     try:
         torch.save(state, new)
@@ -494,11 +505,11 @@ def save_grid(run: Namespace, images: Tensor, columns: int, name: str = "sample"
 def finish(run: Namespace, **gifs: str) -> None:
     """Make a GIF of the grids of each name, at most 100, evenly spread, and say how to go on."""
     for name, file in gifs.items() if RANK == 0 else ():
-        paths = sorted(run.folder.glob(f"images/{name}_*.png"))
-        frames = [Image.open(path) for path in paths[:: -(len(paths) // 100 + 1)]][::-1]  # with the last
+        paths = sorted(run.folder.glob(f"images/{name}_*.png"), key=lambda path: (len(path.name), path))
+        frames = [Image.open(path) for path in paths[:: -(len(paths) // 100 + 1)]][::-1]  # ends with the last
         if frames:
             frames[0].save(run.folder / file, save_all=True, append_images=frames[1:], duration=100, loop=0)
-            print(f"\n{run.folder / file}; to go on: python {SCRIPT}.py --resume {run.folder}")
+            print(f"\n{run.folder / file}; to go on: python {Path(__file__).name} --resume {run.folder}")
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Subset, Te
 from torchvision import datasets, utils
 from torchvision.transforms import v2
 
-SCRIPT = "vae"  # only the script that wrote a checkpoint can read it
+SCRIPT = "vae"  # in checkpoints, which no other script can read; give your copy a name of its own
 HIDDEN_DIMS = {"vanilla": [32, 64, 128, 256, 512], "conv": [64, 128, 256, 512], "mlp": [400], "burgess": [32, 64, 256]}
 
 # ---------------- options
@@ -88,10 +88,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         p.error(f"--img_size {opt.img_size}: --arch {opt.arch} needs a multiple of {2**halvings}")
     if opt.arch == "burgess" and not halvings:
         p.error("--hidden_dims: --arch burgess needs channels, then units")
-    if opt.binarize and opt.likelihood != "bernoulli":
-        p.error("--binarize goes with --likelihood bernoulli")
-    if opt.sigma != "auto" and opt.likelihood != "gaussian":
-        p.error(f"--sigma {opt.sigma} goes with --likelihood gaussian")
+    if opt.sigma != "auto" if opt.likelihood == "bernoulli" else opt.binarize:
+        p.error("--sigma goes with --likelihood gaussian, --binarize with bernoulli")
     if opt.labels and not (opt.generate and opt.conditional):
         p.error("--labels goes with --generate and a run with --conditional")
     if opt.labels and max(opt.labels) >= opt.n_classes:
@@ -203,7 +201,7 @@ def burgess_layers(dims: list, size: int, n_in: int, n_out: int) -> tuple:
 
 
 def log_likelihood(x: Tensor, logits: Tensor, likelihood: str, variance: Tensor) -> Tensor:
-    """log p(x|z) of each image, in nats (N,): a pixel is 1 with probability sigmoid(logit), or normal about it."""
+    """log p(x|z) of each image, in nats (N,): a pixel is 1 with probability sigmoid(logit), or normal about that."""
     if likelihood == "bernoulli":
         return -nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none").flatten(1).sum(1)
     squares = (x - logits.sigmoid()).square() / variance
@@ -216,14 +214,14 @@ def kl_divergence(mu: Tensor, logvar: Tensor) -> Tensor:
 
 
 def best_variance(x: Tensor, logits: Tensor) -> Tensor:
-    """The variance at which a batch is likeliest (arXiv:2006.13202); there its own gradient is 0, so it is detached."""
+    """The variance at which a batch is likeliest (arXiv:2006.13202). Detached: the likelihood's slope in it is 0."""
     return (x - logits.sigmoid()).square().mean().detach().clamp(min=1e-6)
 
 
 def train_step(model: VAE, optimizer: torch.optim.Optimizer, x: Tensor, labels: Tensor | None, opt: Namespace) -> dict:
     """Raise E_q[log p(x|z)] - beta KL on a batch, with one sample of z an image; returns the ELBO and its terms."""
     logits, mu, logvar = (output.float() for output in model(x, labels))
-    auto = opt.likelihood == "gaussian" and opt.sigma == "auto"
+    auto = opt.likelihood != "bernoulli" and opt.sigma == "auto"
     variance = best_variance(x, logits) if auto else model.variance
     log_px = log_likelihood(x, logits, opt.likelihood, variance).mean()
     kl = kl_divergence(mu, logvar).mean()
@@ -238,13 +236,13 @@ def average(model_avg: VAE, model: VAE, decay: float, step: int) -> None:
     """Move model_avg towards the model. Its memory is short at first, so that it forgets how the model started."""
     decay = min(decay, (1 + step) / (10 + step)) if decay else 0.0
     pairs = zip(model_avg.state_dict().items(), model.state_dict().values())  # batch norm's statistics, too
-    pairs = [(a, v) for (name, a), v in pairs if a.is_floating_point() and name != "variance"]  # which is measured
+    pairs = [(a, v) for (name, a), v in pairs if a.is_floating_point() and name != "variance"]  # measured by train
     torch.optim.swa_utils.get_ema_multi_avg_fn(decay)(*zip(*pairs), None)
 
 
 @torch.no_grad()
 def test(model: VAE, images: Tensor, labels: Tensor, opt: Namespace) -> dict[str, float]:
-    """ELBO of test images and its terms in nats per image (gaussian: of densities), of binary ones also in bits."""
+    """ELBO of test images and its terms in nats per image (gaussian: log-densities), of binary ones also in bits."""
     log_px, kl = 0.0, 0.0
     for x, y in batches(images, labels, opt):
         logits, mu, logvar = model(x, y)
@@ -275,13 +273,13 @@ def train(opt: Namespace) -> Path:
     """Train and return the run's folder. Raises OSError for bad data or files, FloatingPointError for a bad loss."""
     device = find_device(opt)
     images, labels = (part.to(device) for part in load_data(opt))
-    tests, kept = (images[::10], labels[::10]), [i for i in range(len(images)) if i % 10]  # of a folder
+    tests, kept = (images[::10], labels[::10]), [i for i in range(len(images)) if i % 10] or [0]
     if opt.dataset in DATASETS:
         tests, kept = tuple(part.to(device) for part in load_data(opt, train=False)), range(len(images))
     data = Subset(TensorDataset(images, labels), kept)
     sampler = BatchSampler(RandomSampler(data), opt.batch_size, drop_last=True)
     loader = DataLoader(data, sampler=sampler, batch_size=None)
-    some = data[list(range(0, len(data), len(data) // 2000 + 1))]
+    some = data[list(range(0, len(data), len(data) // 2000 + 1))]  # to start from, and to measure the variance on
 
     torch.manual_seed(opt.seed)
     model = VAE(opt.arch, opt.hidden_dims, opt.latent_dim, opt.img_size, opt.channels, opt.n_classes * opt.conditional)
@@ -310,19 +308,19 @@ def train(opt: Namespace) -> Path:
     run = start(opt, loader, model=model, model_avg=model_avg, optimizer=optimizer)
     try:
         for epoch in range(run.done // len(loader), opt.n_epochs):
-            seed(opt.seed, "epoch", epoch)  # decides the order of the images
+            seed(opt.seed, "epoch", epoch)  # of the order of the images
             for i, (real, labels) in enumerate(loader, epoch * len(loader)):
-                if i < run.done:  # it came before the checkpoint
+                if i < run.done:  # trained before the checkpoint
                     continue
                 if i % opt.sample_interval == 0:
                     pictures()
-                seed(opt.seed, "batch", i, RANK)  # a batch is a function of weights and number
+                seed(opt.seed, "batch", i, RANK)  # of noise and dropout, so that a resumed run has the same
                 real, labels = (part[RANK::WORLD].to(device) for part in (real, labels))
                 x, y = next(batches(real, labels, opt, len(real)))
                 losses = train_step(model, optimizer, x, y, opt)
                 average(model_avg, model, opt.ema, i)
                 after_batch(run, opt, **losses)
-            if opt.likelihood == "gaussian" and opt.sigma == "auto":
+            if opt.likelihood != "bernoulli" and opt.sigma == "auto":
                 variances = [best_variance(x, model_avg(x, y)[0]) for x, y in batches(*some, opt)]
                 model_avg.variance.fill_(sum(variances) / len(variances))
             after_epoch(run, opt, **test(model_avg, *tests, opt))
@@ -342,7 +340,7 @@ def train(opt: Namespace) -> Path:
 def batches(images: Tensor, labels: Tensor, opt: Namespace, size: int = 500) -> Iterator[tuple[Tensor, Tensor | None]]:
     """uint8 images as the model takes them (binary ones drawn anew), and labels if it takes labels."""
     for x, y in zip(images.split(size), labels.split(size)):
-        yield (x / 255).bernoulli() if opt.binarize else x / 255, y if opt.conditional else None
+        yield ((x / 255).bernoulli() if opt.binarize else x / 255), (y if opt.conditional else None)
 
 
 @torch.no_grad()
@@ -355,8 +353,9 @@ def draw_latent_space(model: VAE, x: Tensor, labels: Tensor | None, folder: Path
     if model.latent_dim == 2:  # equal steps of probability (arXiv:1312.6114, figure 4)
         steps = torch.special.ndtri((torch.arange(20) + 0.5) / 20).to(x.device)  # not every device has ndtri
         y = None if labels is None else labels[:1].expand(400)
-        images = model.decode(torch.cartesian_prod(steps, steps), y).sigmoid()
-        utils.save_image(images, folder / "manifold.png", nrow=20)
+        utils.save_image(
+            model.decode(torch.cartesian_prod(steps, steps), y).sigmoid(), folder / "manifold.png", nrow=20
+        )
 
 
 def load(run: str | Path, device: str | torch.device = "cpu") -> VAE:
@@ -394,6 +393,7 @@ def reconstruct(opt: Namespace) -> Path:
     images = torch.stack([read_image(str(file), opt) for file in files]).to(device)
     labels = torch.tensor([opt.classes.index(file.parent.name) if opt.conditional else 0 for file in files]).to(device)
     folder = new_folder(Path(opt.resume, "reconstructed"))
+    torch.manual_seed(opt.seed)  # for --binarize
     for i, (x, y) in enumerate(batches(images, labels, opt, 1)):
         utils.save_image(torch.cat([x, model.reconstruct(x, y)], 3), folder / f"{i:06}.png")
     print(f"{len(files)} images beside their reconstructions in {folder}")
@@ -419,10 +419,8 @@ def find_device(opt: Namespace) -> torch.device:
         torch.zeros(1, device=device).item()
         if opt.amp:
             torch.autocast(device.type, torch.bfloat16)
-    except (RuntimeError, AssertionError) as e:  # torch raises both
+    except (RuntimeError, AssertionError, ImportError) as e:  # torch raises all three
         raise OSError(f"--device {opt.device}{' --amp' * opt.amp}: not on this machine; try --device auto") from e
-    if RANK and not dist.is_initialized():
-        dist.init_process_group()  # when the first process has the data
     return device
 
 
@@ -453,11 +451,11 @@ def number(kind: type, low: float = 0, below: float = 2**31) -> Callable:
 def finish_options(p: ArgumentParser, argv: list[str] | None, acts: list[str], free: list[str]) -> Namespace:
     """Parse argv; with --resume the run's options are the defaults, and only `free` and `acts` on it may change."""
     opt = p.parse_args(argv)
-    acting = any(getattr(opt, name) for name in acts)
-    if acting and not opt.resume:
+    acting = any(getattr(opt, name) is not None for name in acts)
+    if acting and opt.resume is None:
         p.error(f"--{', --'.join(acts)}: only with --resume RUN")
-    saved = read_checkpoint(opt.resume)["options"] if opt.resume else {}
-    p.set_defaults(**saved)
+    saved = read_checkpoint(opt.resume)["options"] if opt.resume is not None else {}
+    p.set_defaults(**saved)  # for what argv leaves out
     opt = p.parse_args(argv)
     free = {"resume", "n_epochs", "sample_interval", "n_cpu", "data_dir", "device", "amp", "compile", *acts, *free}
     for name in saved.keys() - free - {"seed" if acting else ""}:
@@ -485,6 +483,8 @@ DATASETS = dict(mnist=datasets.MNIST, fashion_mnist=datasets.FashionMNIST, cifar
 
 def load_data(opt: Namespace, train: bool = True) -> tuple[Tensor, Tensor]:
     """Images, uint8 (N, channels, img_size, img_size), and labels (N,). Adds to opt what the data decides."""
+    if RANK and not dist.is_initialized():
+        dist.init_process_group()  # waits for the first process, which joins in start() when it has the data
     if opt.dataset in (None, *DATASETS):
         name, classes = opt.dataset or "mnist", [str(k) for k in range(10)]
         socket.setdefaulttimeout(20)  # seconds: a network that swallows packets ends, too
@@ -503,8 +503,8 @@ def load_data(opt: Namespace, train: bool = True) -> tuple[Tensor, Tensor]:
             images = v2.functional.rgb_to_grayscale(images, opt.channels)  # or grey in three channels
         images = v2.functional.resize(images, [opt.img_size, opt.img_size])
     else:
-        if Path(opt.dataset, "checkpoint.pt").exists():
-            raise OSError(f"--dataset {opt.dataset}: a run, not a folder of images")
+        if not Path(opt.dataset).is_dir() or Path(opt.dataset, "checkpoint.pt").exists():
+            raise OSError(f"--dataset {opt.dataset}: neither one of {', '.join(DATASETS)} nor a folder of images")
         data = datasets.ImageFolder(opt.dataset, loader=functools.partial(read_image, opt=opt))
         opt.channels, classes, labels = opt.channels or 3, data.classes, torch.tensor(data.targets)
         images = torch.empty(len(data), opt.channels, opt.img_size, opt.img_size, dtype=torch.uint8)
@@ -512,7 +512,7 @@ def load_data(opt: Namespace, train: bool = True) -> tuple[Tensor, Tensor]:
         for i, (part, _) in enumerate(DataLoader(data, 64, num_workers=workers)):
             images[i * 64 : i * 64 + 64] = part
     if opt.n_classes not in (None, len(classes)) or getattr(opt, "classes", classes) != classes:
-        raise OSError(f"--n_classes {opt.n_classes}, or the run's: the data has {len(classes)}, {classes}")
+        raise OSError(f"--n_classes {opt.n_classes} {vars(opt).get('classes')}: the data has {len(classes)}, {classes}")
     opt.n_classes, opt.classes = len(classes), classes
     return images, labels
 
@@ -535,29 +535,30 @@ CHECKPOINT_SECONDS = 30  # at most so much is trained again after a stop
 
 def start(opt: Namespace, loader: DataLoader, **parts) -> Namespace:
     """A new run, or the one to resume at its checkpoint, which holds `parts`; `done` counts batches."""
-    if len(loader) == 0 or opt.batch_size % WORLD:
-        raise OSError(f"--batch_size {opt.batch_size}: fewer images, or no multiple of {WORLD} processes")
+    if len(loader) == 0 or opt.batch_size % WORLD or opt.batch_size < 2 * WORLD:
+        raise OSError(f"--batch_size {opt.batch_size}: for {len(loader.dataset)} images and {WORLD} processes to share")
     if loader.dataset[0][0].dtype != torch.uint8:
         raise TypeError("images must be uint8, from 0 to 255")
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group()
     run = Namespace(folder=Path(opt.resume or opt.out_dir), parts=parts, per_epoch=len(loader))
-    state = read_checkpoint(opt.resume) if opt.resume else dict(position=[0, {}, [], 0.0])
-    run.done, run.totals, run.rows, seconds = state["position"]
+    state = read_checkpoint(opt.resume) if opt.resume else dict(position=[0, len(loader), {}, [], 0.0])
+    run.done, per_epoch, run.totals, run.rows, seconds = state["position"]
+    if per_epoch != len(loader):
+        raise OSError(f"{opt.dataset} has {len(loader)} batches an epoch now, and had {per_epoch}: start a new run")
     for name, part in parts.items() if opt.resume else ():
         part.load_state_dict(state[name])
-    if RANK == 0 and not opt.resume:
-        run.folder = new_folder(run.folder, "images")
+    run.folder = run.folder if RANK or opt.resume else new_folder(run.folder, "images")
     run.began = time.monotonic() - seconds
     save(run, opt)
     if RANK == 0:
-        print(f"{opt.dataset}, {len(loader)} batches an epoch; writing to {run.folder}", flush=True)
+        print(f"{opt.dataset}: {len(loader)} batches an epoch, {run.done} done; writing to {run.folder}", flush=True)
     return run
 
 
 def after_batch(run: Namespace, opt: Namespace, **losses: Tensor) -> None:
     """Count a batch and add up its losses; now and then report, and write a checkpoint."""
-    before = run.totals if run.done % run.per_epoch else {}
+    before = run.totals if run.done % run.per_epoch else {}  # sums start anew with an epoch
     run.done, run.totals = run.done + 1, {name: before.get(name, 0) + loss for name, loss in losses.items()}
     if run.done % run.per_epoch:
         if run.done % (50 if sys.stdout.isatty() else opt.sample_interval) == 0:
@@ -591,12 +592,12 @@ def save(run: Namespace, opt: Namespace) -> None:
     if RANK:
         return
     weights = [p for part in run.parts.values() if isinstance(part, nn.Module) for p in part.parameters()]
-    if not all(x.isfinite().all() for x in [*weights, *run.totals.values()]):
+    if not all(torch.as_tensor(x).isfinite().all() for x in [*weights, *run.totals.values()]):
         place = f"batch {run.done}, epoch {-(-run.done // run.per_epoch)}"
-        raise FloatingPointError(f"{place}: a loss or weight is not finite; start a new run with a lower --lr")
+        raise FloatingPointError(f"by {place} a loss or weight is not finite; start a new run with a lower --lr")
     state = {name: part.state_dict() for name, part in run.parts.items()} | dict(script=SCRIPT, options=vars(opt))
-    state["position"] = [run.done, run.totals, run.rows, run.saved - run.began]
-    table = [*run.rows[:1], *(row.values() for row in run.rows)]
+    state["position"] = [run.done, run.per_epoch, run.totals, run.rows, run.saved - run.began]
+    table = [*run.rows[:1], *(row.values() for row in run.rows)]  # first the keys
     new = run.folder / "checkpoint.tmp"
     try:
         torch.save(state, new)
@@ -637,17 +638,17 @@ def save_grid(run: Namespace, images: Tensor, columns: int, name: str = "sample"
 def finish(run: Namespace, **gifs: str) -> None:
     """Make a GIF of the grids of each name, at most 100, evenly spread, and say how to go on."""
     for name, file in gifs.items() if RANK == 0 else ():
-        paths = sorted(run.folder.glob(f"images/{name}_*.png"))
-        frames = [Image.open(path) for path in paths[:: -(len(paths) // 100 + 1)]][::-1]  # with the last
+        paths = sorted(run.folder.glob(f"images/{name}_*.png"), key=lambda path: (len(path.name), path))
+        frames = [Image.open(path) for path in paths[:: -(len(paths) // 100 + 1)]][::-1]  # ends with the last
         if frames:
             frames[0].save(run.folder / file, save_all=True, append_images=frames[1:], duration=100, loop=0)
-            print(f"\n{run.folder / file}; to go on: python {SCRIPT}.py --resume {run.folder}")
+            print(f"\n{run.folder / file}; to go on: python {Path(__file__).name} --resume {run.folder}")
 
 
 def main() -> None:
     try:
         opt = parse_args()
-        action = generate if opt.generate else reconstruct if opt.reconstruct else train
+        action = generate if opt.generate else reconstruct if opt.reconstruct is not None else train
         action(opt)
     except (OSError, FloatingPointError) as e:  # its last line: a worker's traceback stands before it
         sys.exit(f"{SCRIPT}.py: error: {str(e).splitlines()[-1]}")

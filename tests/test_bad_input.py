@@ -67,7 +67,7 @@ def test_data_set_asked_for_and_not_there(script, refused, tmp_path, monkeypatch
 
 
 def test_folder_that_is_not_there(no_run):
-    no_run("--dataset", "nosuch", says=["nosuch"])
+    no_run("--dataset", "nosuch", says=["--dataset nosuch", "digits"])
 
 
 def test_folder_without_images(no_run, tmp_path):
@@ -84,7 +84,7 @@ def test_folder_without_sub_folders(no_run, tmp_path):
 def test_a_run_is_no_data_set(no_run, images, tmp_path):
     shutil.copytree(images, tmp_path / "f")
     (tmp_path / "f" / "checkpoint.pt").touch()
-    no_run("--dataset", tmp_path / "f", says=[tmp_path / "f", "a run"])
+    no_run("--dataset", tmp_path / "f", says=[tmp_path / "f", "nor a folder of images"])
 
 
 @pytest.mark.parametrize("processes", [0, 2])

@@ -1,7 +1,9 @@
 """What is the same in every script: options, data, run folder, checkpoint, resume."""
 
+import argparse
 import csv
 import functools
+import importlib
 import os
 import pickle
 import re
@@ -10,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -30,6 +33,19 @@ def test_the_blocks_are_the_same_in_every_script():
         assert other == blocks[0]
 
 
+def test_every_command_of_the_readme_can_be_typed(tmp_path, monkeypatch):
+    """Those that resume a run are parsed without it."""
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"\b(vae|gan|cgan)\.py((?: --?[\w.-]+| [\w./-]+)*)", (ROOT / "README.md").read_text())
+    assert len(commands) > 15
+    for name, arguments in commands:
+        if "--resume" not in arguments:
+            importlib.import_module(name).parse_args([a for a in arguments.split() if a != "…"])
+        else:
+            help_text = importlib.import_module(name).__file__
+            assert all(option in Path(help_text).read_text() for option in re.findall(r"--\w+", arguments))
+
+
 # ---------------------------------------------------------------- options
 
 COMMON = dict(n_epochs=200, batch_size=64, channels=None, n_classes=None, sample_interval=400, n_cpu=8, dataset=None)
@@ -47,6 +63,48 @@ FOUND_LATER = (("gan", "img_size"), ("cgan", "noise"), ("vae", "hidden_dims"))  
 
 def test_options_and_defaults(script):
     assert vars(script.parse_args([])) == DEFAULTS[script.__name__]
+
+
+def test_options_reach_the_optimisers_and_the_average(script, small, monkeypatch):
+    adams, decays, adam, average = [], [], torch.optim.Adam, script.average
+    monkeypatch.setattr(torch.optim, "Adam", lambda *args, **k: adams.append(adam(*args, **k)) or adams[-1])
+    monkeypatch.setattr(script, "average", lambda *args: decays.append(args[2]) or average(*args))
+    script.train(
+        script.parse_args([*small, "--n_epochs", "1", "--lr", "0.01", "--b1", "0.1", "--b2", "0.2", "--ema", "0.3"])
+    )
+    assert len(adams) == (1 if script.__name__ == "vae" else 2) and set(decays) == {0.3}
+    for optimizer in adams:
+        assert optimizer.defaults["lr"] == 0.01 and optimizer.defaults["betas"] == (0.1, 0.2)
+
+
+@pytest.mark.parametrize("name", ["gan", "cgan"])
+def test_options_reach_the_discriminator(name, images, tmp_path, monkeypatch):
+    script, made = importlib.import_module(name), []
+    monkeypatch.chdir(tmp_path)
+
+    class Seen(script.Discriminator):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(script, "Discriminator", Seen)
+    more = ["--conditioning", "concat"] if name == "cgan" else []
+    script.train(script.parse_args(["--dataset", str(images), *SMALL, "--n_epochs", "0", "--noise", "0.7", *more]))
+    assert made[0].noise == 0.7 and getattr(made[0], "concat", True)
+
+
+def test_what_is_drawn_is_of_the_average(script, small, monkeypatch):
+    """With an average of zeros, every picture is grey."""
+
+    def zero(average, model, decay, step):
+        for p in average.parameters():
+            p.zero_()
+
+    monkeypatch.setattr(script, "average", zero)
+    run = script.train(script.parse_args([*small, "--n_epochs", "1"]))
+    assert len({*Image.open(run / "images/sample_000000.png").convert("L").crop((2, 2, 18, 18)).tobytes()}) > 5
+    cell = Image.open(run / "images/sample_000006.png").convert("L").crop((2, 2, 18, 18))
+    assert {*cell.tobytes()} <= {127, 128}
 
 
 def test_help_says_every_default(script, capsys):
@@ -287,9 +345,14 @@ def stop_after(script, monkeypatch, batch, seconds=0):
     monkeypatch.setattr(script, "CHECKPOINT_SECONDS", seconds)
 
 
-@pytest.mark.parametrize("batch, seconds, saved", [(1, 0, 1), (6, 0, 5), (8, 0, 8), (11, 1000, 6)])
-def test_resume_equals_the_run_never_stopped(script, small, monkeypatch, batch, seconds, saved):
-    arguments = [*small, "--n_epochs", "3"]
+CONV = {"vae": ["--arch", "vanilla", "--hidden_dims", "4", "8"], "gan": ["--arch", "conv"], "cgan": ["--arch", "conv"]}
+
+
+@pytest.mark.parametrize(
+    "batch, seconds, saved, conv", [(1, 0, 1, False), (6, 0, 5, False), (8, 0, 8, True), (11, 1000, 6, False)]
+)
+def test_resume_equals_the_run_never_stopped(script, small, monkeypatch, batch, seconds, saved, conv):
+    arguments = [*small, "--n_epochs", "3", *(CONV[script.__name__] if conv else [])]
     whole = script.train(script.parse_args(arguments))
     part = Path("runs", f"{script.__name__}-2")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -332,6 +395,17 @@ def test_resume_may_train_longer(script, small):
     assert_same(run, script.train(script.parse_args([*small, "--n_epochs", "2"])))
 
 
+def test_resume_with_other_images(script, small, images, refused, tmp_path):
+    """Batches would be counted in epochs of another length."""
+    shutil.copytree(images, tmp_path / "f")
+    run = script.train(script.parse_args([*small, "--dataset", str(tmp_path / "f"), "--n_epochs", "1"]))
+    for i in range(16):
+        shutil.copy(tmp_path / "f/red/0.png", tmp_path / f"f/red/new{i}.png")
+    before = (run / "checkpoint.pt").read_bytes()
+    refused(script, "--resume", run, "--n_epochs", 2, says=["had 6"])
+    assert (run / "checkpoint.pt").read_bytes() == before
+
+
 def test_training_in_a_thread(script, small):
     runs = []
     thread = threading.Thread(target=lambda: runs.append(script.train(script.parse_args([*small, "--n_epochs", "1"]))))
@@ -355,7 +429,7 @@ def test_amp(script, small, monkeypatch):
     name, optimizer = ("model", "optimizer") if "model" in state else ("G", "opt_G")
     assert all(t.dtype != torch.bfloat16 for t in state[name].values())
     assert all(t.dtype != torch.bfloat16 for s in state[optimizer]["state"].values() for t in s.values())
-    assert all(total.dtype == torch.float32 for total in state["position"][1].values())
+    assert all(total.dtype == torch.float32 for total in state["position"][2].values())
     exact = script.train(script.parse_args([*small, "--n_epochs", "1"]))
     exact = torch.load(exact / "checkpoint.pt", weights_only=True)[name]
     pairs = [(a, exact[key]) for key, a in state[name].items() if a.is_floating_point()]
@@ -426,6 +500,18 @@ def test_channels_convert(script, tmp_path):
         assert (images == images[:, :1]).all() and images.max() > 100
 
 
+def test_a_coloured_data_set_with_a_name(script, monkeypatch):
+    """torchvision has its images as (N, H, W, C) arrays and its labels as a list."""
+    colours = torch.zeros(5, 8, 8, 3, dtype=torch.uint8)
+    colours[:, :2, :, 0], colours[:, :, :4, 1] = 200, 100  # red above, green on the left
+    fake = argparse.Namespace(data=colours.numpy(), targets=[3, 1, 4, 1, 5])
+    monkeypatch.setitem(script.DATASETS, "cifar10", lambda root, train, download: fake)
+    images, labels, opt = read(script, "cifar10")
+    assert images.shape == (5, 3, 8, 8) and labels.tolist() == [3, 1, 4, 1, 5] and opt.channels == 3
+    assert torch.equal(images, colours.permute(0, 3, 1, 2))
+    assert (images[:, 0, 0] == 200).all() and (images[:, 0, 7] == 0).all() and (images[:, 1, :, 0] == 100).all()
+
+
 def test_images_are_cut_about_the_centre(script, tmp_path):
     (tmp_path / "f" / "a").mkdir(parents=True)
     image = Image.new("RGB", (40, 20), (255, 0, 0))
@@ -486,6 +572,7 @@ def test_a_silent_network_is_given_up(script, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [f"http://127.0.0.1:{silent.getsockname()[1]}/"])
         for name in ("http_proxy", "HTTP_PROXY"):
             monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(urllib.request, "_opener", None)  # it remembers proxies
         set_timeout = socket.setdefaulttimeout
         monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: set_timeout(seconds / 100))
         opt = script.parse_args([])

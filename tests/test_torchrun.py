@@ -48,7 +48,15 @@ for name in {SCRIPTS!r}:
         parts.update(given)
         return start(*args, **given)
     script.start = start_and_keep
+    step = "train_step" if name == "vae" else "discriminator_step"
+    real_step, draws = getattr(script, step), []
+    def step_and_keep(*args):
+        draws.append((args[2].clone(), torch.rand(4)))
+        torch.manual_seed(int(draws[-1][1][0] * 2**31))
+        return real_step(*args)
+    setattr(script, step, step_and_keep)
     script.train(opt)
+    torch.save(draws, f"{{name}}.draws.{{script.RANK}}.pt")
     models = {{k: dict(part.named_parameters()) for k, part in parts.items() if isinstance(part, torch.nn.Module)}}
     torch.save(models, f"{{name}}.{{script.RANK}}.pt")
 """
@@ -76,6 +84,14 @@ def test_gradients_are_those_of_one_process(tmp_path, monkeypatch):
         assert torch.equal(first[name], second[name]), name
 
 
+def test_generating_takes_no_other_process(cgan, images, tmp_path, monkeypatch):
+    """A process that waited for others to train with would wait for ever."""
+    run = cgan.train(cgan.parse_args(["--dataset", str(images), *SMALL, "--n_epochs", "0", "--out_dir", str(tmp_path)]))
+    monkeypatch.setattr(cgan, "RANK", 1)
+    monkeypatch.setattr(cgan, "WORLD", 2)
+    cgan.generate(cgan.parse_args(["--resume", str(run), "--generate", "1", "--device", "cpu"]))
+
+
 def test_both_processes_end_with_the_same_weights(images, tmp_path, monkeypatch):
     """Although each has rows, noise and dropout of its own; and one process goes on where two stopped."""
     monkeypatch.chdir(tmp_path)
@@ -86,6 +102,11 @@ def test_both_processes_end_with_the_same_weights(images, tmp_path, monkeypatch)
     for name in SCRIPTS:
         assert out.count(f"writing to runs/{name}") == 1 and not Path(f"runs/{name}-2").exists()
         first, second = (torch.load(f"{name}.{rank}.pt") for rank in (0, 1))
+        for (mine, noise), (theirs, other) in zip(
+            *(torch.load(f"{name}.draws.{rank}.pt") for rank in (0, 1)), strict=True
+        ):
+            assert len(mine) == len(theirs) == 4 and not (mine[:, None] == theirs).flatten(2).all(2).any()
+            assert not (noise == other).any()
         for part in first:
             for key, value in first[part].items():
                 assert torch.equal(value, second[part][key]), f"{name} {part} {key}"

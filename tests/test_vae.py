@@ -334,6 +334,14 @@ def test_what_is_kept_is_the_average(vae, small, ema, monkeypatch):
         assert torch.equal(kept[name], seen[-1][name]) == (ema == 0)
 
 
+def test_the_variance_is_not_averaged(vae):
+    """A checkpoint in mid-epoch has the one that was measured last."""
+    model, model_avg = vae.VAE("mlp", [8], 3, 16, 1), vae.VAE("mlp", [8], 3, 16, 1)
+    model_avg.variance.fill_(0.2)
+    vae.average(model_avg, model, 0.9, step=10**6)
+    assert model_avg.variance == torch.tensor(0.2) and not torch.equal(model_avg.mu.weight, model.mu.weight)
+
+
 def test_the_variance_is_the_averaged_model_s_own(vae, small, images):
     """Measured on training images, and not averaged over steps."""
     run = vae.train(vae.parse_args([*small, "--n_epochs", "3"]))
@@ -425,6 +433,55 @@ def test_reconstruct(vae, small, images, command, refused, tmp_path, conditional
         refused(vae, "--resume", run, "--reconstruct", flat, says=[flat, "blue"])
     else:
         assert command(vae, "--resume", run, "--reconstruct", flat) == (0, [])
+
+
+def test_what_is_tested_and_shown_is_of_the_average(vae, small, monkeypatch):
+    """One of zeros has a KL of 0, and every picture of it is grey."""
+
+    def zero(average, model, decay, step):
+        for p in average.parameters():
+            p.zero_()
+
+    monkeypatch.setattr(vae, "average", zero)
+    run = vae.train(vae.parse_args([*small, "--n_epochs", "1", "--latent_dim", "2", "--iw_samples", "2"]))
+    (row,) = csv.DictReader((run / "log.csv").read_text().splitlines())
+    assert float(row["test_kl"]) == 0 != float(row["kl"])
+    assert float((run / "iw_bound.txt").read_text().split()[-2]) == pytest.approx(float(row["test_elbo"]), abs=0.01)
+    for name, box in {
+        "interpolation": (2, 2, 18, 18),
+        "manifold": (2, 2, 18, 18),
+        "images/recon_000006": (2, 20, 18, 36),
+    }.items():
+        assert {*Image.open(run / f"{name}.png").convert("L").crop(box).tobytes()} <= {127, 128}, name
+
+
+def test_labels_are_those_asked_for(vae, small, images, command, monkeypatch):
+    """A decoder that paints its label shows what is drawn for which."""
+    monkeypatch.setattr(
+        vae.VAE, "decode", lambda model, z, y: (((y + 1) / 4).logit())[:, None, None, None].expand(-1, 3, 16, 16)
+    )
+    run = vae.train(vae.parse_args([*small, "--n_epochs", "0", "--conditional"]))
+    grid = Image.open(run / "images/sample_000000.png")
+    assert [grid.getpixel((10 + 18 * k, 10))[0] for k in range(3)] == pytest.approx([64, 128, 191], abs=1)
+    assert command(vae, "--resume", run, "--generate", 6) == (0, [])
+    assert command(vae, "--resume", run, "--reconstruct", images) == (0, [])
+    beside = [Image.open(file).getpixel((24, 8))[0] for file in sorted((run / "reconstructed").iterdir())]
+    for k, name in enumerate(["blue", "green", "red"]):
+        for file in (run / "generated" / name).iterdir():
+            assert Image.open(file).getpixel((3, 3))[0] == pytest.approx(64 * (k + 1), abs=1)
+        assert beside[18 * k : 18 * k + 18] == pytest.approx([64 * (k + 1)] * 18, abs=1)
+
+
+def test_a_run_starts_from_the_mean_image(vae, small):
+    run = vae.train(vae.parse_args([*small, "--n_epochs", "0"]))
+    opt = vae.parse_args(["--resume", str(run)])
+    mean = vae.load_data(opt)[0].float().mean((0, 2, 3)) / 255
+    torch.testing.assert_close(vae.load(run).sample(200).mean((0, 2, 3)), mean, atol=0.05, rtol=0)
+
+
+def test_one_image_is_not_enough(vae, small, refused, tmp_path):
+    folder = make_folder(tmp_path / "f", classes=["only"], per_class=1)
+    refused(vae, *small, "--dataset", folder, says=["--batch_size"])
 
 
 def test_it_learns_the_digits(vae, tmp_path):
