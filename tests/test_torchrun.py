@@ -69,14 +69,23 @@ def torchrun(file, *arguments):
     return subprocess.Popen([*launcher, *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
 
 
-def test_gradients_are_those_of_one_process(tmp_path, monkeypatch):
-    """Up to rounding, for networks without batch norm and dropout: here in eval mode, with given rows and noise."""
-    monkeypatch.chdir(tmp_path)
-    Path("steps.py").write_text(STEPS)
-    subprocess.run([sys.executable, "steps.py"], check=True)
-    child = torchrun("steps.py")
-    _, err = child.communicate()
+@pytest.fixture(scope="module")
+def two(images, tmp_path_factory):
+    """What two processes leave, and print, that do the steps above and then train each script."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "both.py").write_text(STEPS + TRAIN)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        exec(STEPS, {})
+        child = torchrun("both.py", "--dataset", str(images), *SMALL, "--n_epochs", "2", "--device", "cpu")
+        out, err = child.communicate()
     assert child.returncode == 0, err
+    return folder, out
+
+
+def test_gradients_are_those_of_one_process(two, monkeypatch):
+    """Up to rounding, for networks without batch norm and dropout: here in eval mode, with given rows and noise."""
+    monkeypatch.chdir(two[0])
     one, first, second = (torch.load(f"{name}.pt") for name in ("1.0", "2.0", "2.1"))
     assert one.keys() == first.keys() == second.keys()
     for name in one:
@@ -92,13 +101,10 @@ def test_generating_takes_no_other_process(cgan, images, tmp_path, monkeypatch):
     cgan.generate(cgan.parse_args(["--resume", str(run), "--generate", "1", "--device", "cpu"]))
 
 
-def test_both_processes_end_with_the_same_weights(images, tmp_path, monkeypatch):
+def test_both_processes_end_with_the_same_weights(two, monkeypatch):
     """Although each has rows, noise and dropout of its own; and one process goes on where two stopped."""
-    monkeypatch.chdir(tmp_path)
-    Path("train.py").write_text(TRAIN)
-    child = torchrun("train.py", "--dataset", str(images), *SMALL, "--n_epochs", "2", "--device", "cpu")
-    out, err = child.communicate()
-    assert child.returncode == 0, err
+    folder, out = two
+    monkeypatch.chdir(folder)
     for name in SCRIPTS:
         assert out.count(f"writing to runs/{name}") == 1 and not Path(f"runs/{name}-2").exists()
         first, second = (torch.load(f"{name}.{rank}.pt") for rank in (0, 1))
