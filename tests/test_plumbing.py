@@ -296,6 +296,24 @@ def test_generating_again_draws_the_same_or_with_a_seed_others(script, small, co
     assert one == same != other
 
 
+def test_a_grid_is_written_in_one_piece(cgan, small, monkeypatch):
+    """Stopped while one is written, the GIF is made of those before."""
+    save_image, calls = cgan.utils.save_image, []
+
+    def stop_in_the_second(images, file, **options):
+        calls.append(file)
+        save_image(images, file, **options)
+        if len(calls) == 2:
+            Path(file).write_bytes(Path(file).read_bytes()[:60])
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cgan.utils, "save_image", stop_in_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        cgan.train(cgan.parse_args([*small, "--n_epochs", "1"]))
+    assert [file.name for file in Path("runs/cgan/images").iterdir()] == ["sample_000000.png"]
+    assert Image.open("runs/cgan/training.gif").n_frames == 1
+
+
 def test_the_animation_has_at_most_100_frames(cgan, images, tmp_path):
     options = ["--dataset", str(images), *SMALL, "--n_epochs", "17", "--sample_interval", "1"]
     run = cgan.train(cgan.parse_args([*options, "--out_dir", str(tmp_path / "run")]))
