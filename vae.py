@@ -72,7 +72,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--n_cpu", type=number(int), default=8, help="processes to decode a folder, at most")
     add("--dataset", help="mnist, fashion_mnist, cifar10, digits or a folder; None: mnist, or else digits")
     add("--data_dir", default="data", help="where data sets are or come to")
-    add("--out_dir", default="runs/vae", help="the run's folder; in use: a number is added")
+    add("--out_dir", default=f"runs/{SCRIPT}", help="the run's folder; in use: a number is added")
     add("--seed", type=number(int), default=0, help="same seed: same images, on a CPU with as many threads")
     add("--device", default="auto", help="cpu, cuda:1, mps ...; auto: the accelerator or cpu")
     add("--amp", **flag, help="forward passes in bfloat16")

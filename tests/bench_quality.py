@@ -12,12 +12,20 @@ a classifier that is trained once (some minutes on a CPU) and kept in --cache. F
     precision, recall  shares of pictures among real ones, and of these among the pictures (arXiv:1904.06991, k = 3)
     nearest            mean pixel distance to the nearest training image, over real test images': 0 is copying
     trained on it      accuracy on real test images of a classifier trained on the pictures alone (arXiv:1905.10887)
+
+For a run of vqvae.py, on any data, it reads codes.npz instead, and prints of the test images
+
+    error              mean squared error of what their codes decode to, over the variance of all training pixels
+    codes used         how many of the codebook occur among their codes
+    perplexity         exp of the entropy of their codes
+    bits per image     of their codes, each coded by how often (and once more) it occurs in those of the training images
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchvision
 from PIL import Image
@@ -96,6 +104,32 @@ def read(folder: Path) -> tuple[Tensor, Tensor | None]:
     return images, torch.tensor([int(f.parent.name) for f in files]) if files[0].parent != folder else None
 
 
+@torch.no_grad()
+def judge_codes(run: Path) -> None:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import vqvae
+
+    model, opt = vqvae.load(run), vqvae.parse_args(["--resume", str(run)])
+    images, test = vqvae.load_data(opt)[0], None
+    if opt.dataset in vqvae.DATASETS:
+        test = vqvae.load_data(opt, train=False)[0]
+    else:
+        test, images = images[::10], images[np.arange(len(images)) % 10 > 0]
+    with np.load(run / "codes.npz") as file:
+        codes, tests = (file[name].astype(np.int64) for name in ("codes", "test_codes"))
+    decoded = (model.decode(part) for part in torch.from_numpy(tests).split(500))
+    squares = [(x - real / 255).double().square().sum() for x, real in zip(decoded, test.split(500), strict=True)]
+    values = np.bincount(images.flatten(), minlength=256) / images.numel()
+    levels = np.arange(256) / 255
+    variance = (values * levels**2).sum() - (values * levels).sum() ** 2
+    uses, trained = (np.bincount(part.flatten(), minlength=opt.n_embeddings) for part in (tests, codes))
+    share, expected = uses[uses > 0] / uses.sum(), (trained + 1) / (trained + 1).sum()
+    print(f"error              {sum(squares) / test.numel() / variance:.4f}   (of {len(test)} images)")
+    print(f"codes used         {(uses > 0).sum()} of {opt.n_embeddings}")
+    print(f"perplexity         {np.exp(-(share * np.log(share)).sum()):.1f}")
+    print(f"bits per image     {-(uses * np.log2(expected)).sum() / len(tests):.1f}")
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("run", type=Path, help="run folder with generated pictures")
@@ -105,6 +139,9 @@ def main() -> None:
         "--cache", type=Path, default=Path.home() / ".cache" / "mnist_classifier.pt", help="the classifier's file"
     )
     opt = p.parse_args()
+    if (opt.run / "codes.npz").exists():
+        judge_codes(opt.run)
+        return
 
     data = [torchvision.datasets.MNIST(opt.data_dir, train=train) for train in (True, False)]
     (train, train_labels), (test, test_labels) = ((d.data[:, None], d.targets) for d in data)

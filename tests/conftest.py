@@ -12,7 +12,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-SCRIPTS = ["vae", "gan", "cgan"]
+SCRIPTS = ["vae", "gan", "cgan", "vqvae"]
 
 # MNIST cannot be downloaded during the tests, on any machine: nothing listens there.
 os.environ |= dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
@@ -48,13 +48,14 @@ def images(tmp_path_factory):
 
 
 SMALL = ["--batch_size", "8", "--img_size", "16", "--latent_dim", "4", "--sample_interval", "4"]
+SMALLER = {"vae": ["--arch", "mlp"], "vqvae": ["--hidden_dim", "8", "--residual_dim", "4", "--n_embeddings", "16"]}
 
 
 @pytest.fixture
 def small(script_name, images, tmp_path, monkeypatch):
-    """Options of a short training, 6 batches an epoch (vae.py holds out every tenth image), in an empty folder."""
+    """Options of a short training, 6 batches an epoch (some scripts hold out every tenth image), in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    return ["--dataset", str(images), *SMALL, *(["--arch", "mlp"] if script_name == "vae" else [])]
+    return ["--dataset", str(images), *SMALL, *SMALLER.get(script_name, [])]
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ import sys
 
 from conftest import ROOT, SCRIPTS
 
-BLOCKS = re.compile(r"^# --- block: .*?(?=^def main)", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^# --- block: (\w+)\n.*?(?=^# ---|^def main)", re.MULTILINE | re.DOTALL)
 
 if __name__ == "__main__":
-    blocks = BLOCKS.search((ROOT / f"{sys.argv[1]}.py").read_text()).group()
+    blocks = {block[1]: block[0] for block in BLOCK.finditer((ROOT / f"{sys.argv[1]}.py").read_text())}
     for name in set(SCRIPTS) - {sys.argv[1]}:
         file = ROOT / f"{name}.py"
-        file.write_text(BLOCKS.sub(lambda _: blocks, file.read_text()))
+        file.write_text(BLOCK.sub(lambda old: blocks.get(old[1], old[0]), file.read_text()))

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, SMALL
+from conftest import ROOT, SCRIPTS, SMALL, SMALLER
 
 STEPS = f"""
 import sys, torch, torch.distributed as dist
 sys.path.insert(0, {str(ROOT)!r})
-import argparse, cgan, gan, vae
+import argparse, cgan, gan, vae, vqvae
 torch.manual_seed(0)
 real, z, labels = torch.rand(8, 1, 16, 16), torch.randn(8, 4), torch.arange(8) % 3
 mine = slice(cgan.RANK, None, cgan.WORLD)
@@ -34,6 +34,13 @@ model.reparameterize = lambda mu, logvar: mu + torch.exp(0.5 * logvar)
 opt = argparse.Namespace(likelihood="bernoulli", beta=1.0, sigma="auto")
 vae.train_step(model, sgd(model), real[mine], None, opt)
 gradients |= {{f"vae {{k}}": p.grad for k, p in enumerate(model.parameters())}}
+for mode in ("ema", "loss"):
+    model = vqvae.VQVAE(5, 3, [1, 4, 8], 4)
+    model.codebook.requires_grad_(mode == "loss")
+    opt = argparse.Namespace(codebook=mode, commitment=0.25, decay=0.9, restart=False)
+    vqvae.train_step(model, sgd(model), real[mine], torch.tensor(0.1), opt)
+    gradients |= {{f"vqvae {{mode}} {{k}}": p.grad for k, p in enumerate(model.parameters()) if p.grad is not None}}
+    gradients |= {{f"vqvae {{mode}} codebook": model.codebook.detach(), f"vqvae {{mode}} counts": model.counts}}
 torch.save(gradients, f"{{cgan.WORLD}}.{{cgan.RANK}}.pt")
 """
 
@@ -42,13 +49,13 @@ import importlib, sys, torch
 sys.path.insert(0, {str(ROOT)!r})
 for name in {SCRIPTS!r}:
     script = importlib.import_module(name)
-    opt = script.parse_args(sys.argv[1:])
+    opt = script.parse_args(sys.argv[1:] + {SMALLER!r}.get(name, []))
     parts, start = {{}}, script.start
     def start_and_keep(*args, **given):
         parts.update(given)
         return start(*args, **given)
     script.start = start_and_keep
-    step = "train_step" if name == "vae" else "discriminator_step"
+    step = "discriminator_step" if "gan" in name else "train_step"
     real_step, draws = getattr(script, step), []
     def step_and_keep(*args):
         draws.append((args[2].clone(), torch.rand(4)))
@@ -57,7 +64,8 @@ for name in {SCRIPTS!r}:
     setattr(script, step, step_and_keep)
     script.train(opt)
     torch.save(draws, f"{{name}}.draws.{{script.RANK}}.pt")
-    models = {{k: dict(part.named_parameters()) for k, part in parts.items() if isinstance(part, torch.nn.Module)}}
+    kept = torch.nn.Module.state_dict if name == "vqvae" else lambda part: dict(part.named_parameters())
+    models = {{k: kept(part) for k, part in parts.items() if isinstance(part, torch.nn.Module)}}
     torch.save(models, f"{{name}}.{{script.RANK}}.pt")
 """
 
