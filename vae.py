@@ -422,7 +422,7 @@ def find_device(opt: Namespace) -> torch.device:
 
 
 def mean_gradients(model: nn.Module) -> None:
-    """Replace gradients by their means over processes, as losses are means over rows."""
+    """Replace gradients by their means over processes, as losses are means."""
     for grad in [p.grad for p in model.parameters() if p.grad is not None] if WORLD > 1 else ():
         dist.all_reduce(grad)
         grad.div_(WORLD)
@@ -450,8 +450,8 @@ def finish_options(p: ArgumentParser, argv: list[str] | None, acts: list[str], f
     """Parse argv; with --resume the run's options are the defaults, and only `free` and `acts` on it may change."""
     opt = p.parse_args(argv)
     acting = any(getattr(opt, name) is not None for name in acts)
-    if acting and opt.resume is None:
-        p.error(f"--{', --'.join(acts)}: only with --resume RUN")
+    if acting and (opt.resume is None or WORLD > 1):
+        p.error(f"--{', --'.join(acts)}: only with --resume RUN, without torchrun")
     saved = read_checkpoint(opt.resume)["options"] if opt.resume is not None else {}
     p.set_defaults(**saved)  # for what argv leaves out
     opt = p.parse_args(argv)
@@ -628,7 +628,7 @@ def new_folder(path: Path, inside: str = "") -> Path:
 
 
 def save_grid(run: Namespace, images: Tensor, columns: int, name: str = "sample") -> None:
-    """Save images (N, C, H, W) in [0, 1] as a grid, in one piece, named after run.done."""
+    """Save images (N, C, H, W) in [0, 1] as a grid, named after run.done."""
     if RANK == 0:
         new = run.folder / "grid.tmp"
         utils.save_image(images, new, nrow=columns, format="png")

@@ -212,15 +212,15 @@ def average(model_avg: nn.Module, model: nn.Module, decay: float, step: int) -> 
 
 
 @torch.no_grad()
-def test(model: VQVAE, images: Tensor, variance: Tensor) -> dict[str, float]:
+def test(model: VQVAE, images: Tensor, variance: Tensor, opt: Namespace) -> dict[str, float]:
     """Mean squared error; the same over the variance; of the codes: their perplexity, how many are used, and bits per
     dimension of the images when each code costs what its frequency in training says."""
     mse, uses = 0.0, torch.zeros_like(model.counts)
-    for x in images.split(500):
+    for x in images.split(opt.batch_size):
         codes = model.encode(x / 255)
         mse += float((model.decode(codes) - x / 255).square().sum()) / images.numel()
         uses += codes.flatten().bincount(minlength=len(uses))
-    share, trained = uses / uses.sum(), model.counts + 0.01  # so that none is impossible
+    share, trained = uses / uses.sum(), model.counts + 0.01 * model.counts.mean()  # none is impossible
     perplexity = float(torch.distributions.Categorical(share).entropy().exp())
     bits = float(-(share * (trained / trained.sum()).log2()).sum()) * codes[0].numel() / images[0].numel()
     row = dict(test_mse=mse, test_error=mse / float(variance), test_perplexity=perplexity)
@@ -239,7 +239,7 @@ def train(opt: Namespace) -> Path:
     data = TensorDataset(images, labels)
     sampler = BatchSampler(RandomSampler(data), opt.batch_size, drop_last=True)
     loader = DataLoader(data, sampler=sampler, batch_size=None)  # a batch is data[[3, 1, ...]]: one look-up, not 128
-    variance = (images[:: len(images) // 10_000 + 1] / 255).var()  # of the training pixels
+    variance = (images[:: -(-len(images) // 10_000)] / 255).var().clamp(min=1e-6)  # of training pixels
 
     torch.manual_seed(opt.seed)
     model = new_model(opt).to(device, memory_format=torch.channels_last)  # faster for convolutions
@@ -271,7 +271,7 @@ def train(opt: Namespace) -> Path:
                 losses = train_step(model, optimizer, real[RANK::WORLD].to(device) / 255, variance, opt)
                 average(model_avg, model, opt.ema, i)
                 after_batch(run, opt, **losses)
-            after_epoch(run, opt, **test(model_avg, tests[0], variance))
+            after_epoch(run, opt, **test(model_avg, tests[0], variance, opt))
         pictures()
     finally:  # after Ctrl-C, too
         finish(run, sample="training.gif", recon="recon.gif")
@@ -286,7 +286,7 @@ def write_codes(folder: Path, model: VQVAE, opt: Namespace, done: int, images: t
     """folder/codes.npz, in one piece: codes of uint8 images in their order, and labels; tests: those held out."""
     arrays = dict(classes=np.array(opt.classes), n_embeddings=opt.n_embeddings, batches_done=done)
     for name, (x, labels) in {"": images, "test_": tests}.items():
-        codes = torch.cat([model.encode(part / 255) for part in x.split(500)]).cpu().numpy()
+        codes = torch.cat([model.encode(part / 255) for part in x.split(opt.batch_size)]).cpu().numpy()
         arrays[f"{name}codes"] = codes.astype(np.min_scalar_type(opt.n_embeddings - 1))
         arrays[f"{name}labels"] = labels.cpu().numpy()
     with open(folder / "codes.tmp", "wb") as file:
@@ -343,7 +343,7 @@ def decode(opt: Namespace) -> Path:
     try:
         arrays = dict(np.load(opt.decode))
         codes = arrays["codes"]
-        names = [str(arrays["classes"][k]) for k in arrays.get("labels", [])] or [""] * len(codes)
+        names = [Path(arrays["classes"][k]).name for k in arrays.get("labels", [])] or [""] * len(codes)
         if codes.dtype.kind not in "iu" or codes.shape[1:] != (side, side) or len(names) != len(codes):
             raise ValueError(f"{codes.dtype} {codes.shape}, {len(names)} labels, for whole numbers (N, {side}, {side})")
         if not ((codes >= 0) & (codes < opt.n_embeddings)).all():
@@ -382,7 +382,7 @@ def find_device(opt: Namespace) -> torch.device:
 
 
 def mean_gradients(model: nn.Module) -> None:
-    """Replace gradients by their means over processes, as losses are means over rows."""
+    """Replace gradients by their means over processes, as losses are means."""
     for grad in [p.grad for p in model.parameters() if p.grad is not None] if WORLD > 1 else ():
         dist.all_reduce(grad)
         grad.div_(WORLD)
@@ -410,8 +410,8 @@ def finish_options(p: ArgumentParser, argv: list[str] | None, acts: list[str], f
     """Parse argv; with --resume the run's options are the defaults, and only `free` and `acts` on it may change."""
     opt = p.parse_args(argv)
     acting = any(getattr(opt, name) is not None for name in acts)
-    if acting and opt.resume is None:
-        p.error(f"--{', --'.join(acts)}: only with --resume RUN")
+    if acting and (opt.resume is None or WORLD > 1):
+        p.error(f"--{', --'.join(acts)}: only with --resume RUN, without torchrun")
     saved = read_checkpoint(opt.resume)["options"] if opt.resume is not None else {}
     p.set_defaults(**saved)  # for what argv leaves out
     opt = p.parse_args(argv)
@@ -588,7 +588,7 @@ def new_folder(path: Path, inside: str = "") -> Path:
 
 
 def save_grid(run: Namespace, images: Tensor, columns: int, name: str = "sample") -> None:
-    """Save images (N, C, H, W) in [0, 1] as a grid, in one piece, named after run.done."""
+    """Save images (N, C, H, W) in [0, 1] as a grid, named after run.done."""
     if RANK == 0:
         new = run.folder / "grid.tmp"
         utils.save_image(images, new, nrow=columns, format="png")
@@ -608,8 +608,8 @@ def finish(run: Namespace, **gifs: str) -> None:
 def main() -> None:
     try:
         opt = parse_args()
-        action = generate if opt.generate else encode if opt.encode else decode if opt.decode else train
-        action(opt)
+        act = encode if opt.encode is not None else decode if opt.decode is not None else train
+        generate(opt) if opt.generate else act(opt)
     except (OSError, FloatingPointError) as e:  # its last line: a worker's traceback stands before it
         sys.exit(f"{SCRIPT}.py: error: {str(e).splitlines()[-1]}")
     except KeyboardInterrupt:

@@ -117,6 +117,8 @@ def judge_codes(run: Path) -> None:
         test, images = images[::10], images[np.arange(len(images)) % 10 > 0]
     with np.load(run / "codes.npz") as file:
         codes, tests = (file[name].astype(np.int64) for name in ("codes", "test_codes"))
+        done = torch.load(run / "checkpoint.pt", weights_only=True)["position"][0]
+        assert file["batches_done"] == done, f"codes of another checkpoint: vqvae.py --resume {run} --n_epochs 0"
     decoded = (model.decode(part) for part in torch.from_numpy(tests).split(500))
     squares = [(x - real / 255).double().square().sum() for x, real in zip(decoded, test.split(500), strict=True)]
     values = np.bincount(images.flatten(), minlength=256) / images.numel()

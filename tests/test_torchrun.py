@@ -101,12 +101,11 @@ def test_gradients_are_those_of_one_process(two, monkeypatch):
         assert torch.equal(first[name], second[name]), name
 
 
-def test_generating_takes_no_other_process(cgan, images, tmp_path, monkeypatch):
-    """A process that waited for others to train with would wait for ever."""
+def test_only_training_is_shared(cgan, images, refused, tmp_path, monkeypatch):
+    """Processes that all generate would write everything twice, or wait for one another for ever."""
     run = cgan.train(cgan.parse_args(["--dataset", str(images), *SMALL, "--n_epochs", "0", "--out_dir", str(tmp_path)]))
-    monkeypatch.setattr(cgan, "RANK", 1)
     monkeypatch.setattr(cgan, "WORLD", 2)
-    cgan.generate(cgan.parse_args(["--resume", str(run), "--generate", "1", "--device", "cpu"]))
+    refused(cgan, "--resume", run, "--generate", 1, says=["--generate", "torchrun"])
 
 
 def test_both_processes_end_with_the_same_weights(two, monkeypatch):
