@@ -1,0 +1,668 @@
+"""PixelCNN: images, or the codes of a vqvae.py run, drawn one position after another, in one file.
+
+The probability of x is a product over its positions in raster order, each given those before it, so it is exact:
+
+    log p(x) = sum_i log p(x_i | x_1, ..., x_{i-1})      in nats; bits per dimension: over log 2 and the positions
+
+A convolutional network that sees no later position gives all factors at once; it is trained to raise log p(x). Drawing
+takes one pass a position. Each value has a vector of its own as input, and there is a softmax over them as output.
+
+--arch pixelcnn: van den Oord et al. 2016, arXiv:1601.06759 (figure 5); its masked filters have a blind spot, above to
+the right. --arch gated: van den Oord et al. 2016, arXiv:1606.05328; filters for the rows above and for the row itself
+leave none. --conditional: its equation 4. Codes: van den Oord et al. 2017, arXiv:1711.00937. What is tested, drawn and
+kept is the model with averaged weights (Polyak & Juditsky 1992); --ema 0: with the last ones.
+
+    python pixelcnn.py --binarize --n_epochs 5     # MNIST in black and white; without a network: built-in digits
+    python pixelcnn.py --dataset runs/vqvae        # the codes of a run of vqvae.py: its prior
+    python pixelcnn.py --resume runs/pixelcnn --generate 100
+"""
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision", "numpy", "pillow>=10.1"]
+# ///
+
+import argparse
+import copy
+import functools
+import math
+import os
+import random
+import socket
+import sys
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from torchvision import datasets, utils
+from torchvision.transforms import v2
+
+SCRIPT = "pixelcnn"  # in checkpoints, which no other script can read; give your copy a name of its own
+
+# ---------------- options
+
+
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    """Options from argv (default: the command line). Raises SystemExit for a bad one, OSError for a bad run."""
+    p = ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add, flag = p.add_argument, dict(action=argparse.BooleanOptionalAction, default=False)
+    add("--n_epochs", type=number(int), default=200, help="passes over the images; 0 only sets up")
+    add("--batch_size", type=number(int, 2), default=16, help="images a step, 2 or more")
+    add("--lr", type=number(float, 1e-9), default=2e-3, help="Adam's learning rate, above 0")
+    add("--b1", type=number(float, below=1), default=0.9, help="Adam's decay of the gradient, in [0, 1)")
+    add("--b2", type=number(float, below=1), default=0.999, help="Adam's decay of its square, in [0, 1)")
+    add("--arch", choices=["pixelcnn", "gated"], default="gated", help="kind of network")
+    add("--likelihood", choices=["bernoulli", "softmax"], help="p(x_i | ...); None: softmax, --binarize bernoulli")
+    add("--binarize", **flag, help="draw black and white pixels from grey ones, anew each time")
+    add("--conditional", **flag, help="draw given the label")
+    add("--hidden_dim", type=number(int, 2), default=32, help="channels of a layer, 2 or more")
+    add("--n_layers", type=number(int), default=8, help="layers between the first and the last ones")
+    add("--dropout", type=number(float, below=1), help="share of channels to drop, in [0, 1); None: 0, of codes 0.1")
+    add("--ema", type=number(float, below=1), default=0.999, help="decay of the model's average, in [0, 1); 0: off")
+    add("--img_size", type=number(int, 1), default=28, help="side of the images; of codes: theirs")
+    add("--channels", type=int, choices=[1, 3], help="1: turn colour into grey; None: as in the data")
+    add("--n_classes", type=number(int, 1), help="number of classes; None: the data's")
+    add("--sample_interval", type=number(int, 1), default=4000, help="batches between sample grids")
+    add("--n_cpu", type=number(int), default=8, help="processes to decode a folder, at most")
+    add("--dataset", help="mnist, fashion_mnist, digits, a folder, or a run of vqvae.py; None: mnist, or else digits")
+    add("--data_dir", default="data", help="where data sets are or come to")
+    add("--out_dir", default=f"runs/{SCRIPT}", help="the run's folder; in use: a number is added")
+    add("--seed", type=number(int), default=0, help="same seed: same images, on a CPU with as many threads")
+    add("--device", default="auto", help="cpu, cuda:1, mps ...; auto: the accelerator or cpu")
+    add("--amp", **flag, help="forward passes in bfloat16")
+    add("--compile", **flag, help="torch.compile")
+    add("--resume", metavar="RUN", help="go on with the run in this folder")
+    add("--generate", type=number(int, 1), metavar="N", help="with --resume: write N images")
+    add("--labels", type=number(int), nargs="+", metavar="Y", help="with --generate: the classes; None: all")
+    add("--temperature", type=number(float, 1e-3), default=1.0, help="with --generate: below 1 draws what is likelier")
+    opt = finish_options(p, argv, acts=["generate"], free=["labels", "temperature"])
+    opt.likelihood = opt.likelihood or ("bernoulli" if opt.binarize else "softmax")
+    if opt.binarize != (opt.likelihood == "bernoulli"):
+        p.error("--binarize and --likelihood bernoulli go together")
+    if opt.labels and not (opt.generate and opt.conditional and max(opt.labels) < opt.n_classes):
+        p.error(f"--labels {max(opt.labels)}: goes with --generate and a run with --conditional, if it has so many")
+    return opt
+
+
+# ---------------- networks
+
+
+class PixelCNN(nn.Module):
+    """p(x) of whole numbers x (N, 1, size, size) below n_values; n_classes > 0: given labels (N,)."""
+
+    def __init__(
+        self, arch: str, n_values: int, size: int, dim: int, n_layers: int, dropout: float = 0.0, n_classes: int = 0
+    ):
+        super().__init__()
+        self.size, self.decoder = size, None  # of codes: what makes images of them
+        self.embed = nn.Embedding(n_values, dim if n_values > 2 else 1)
+        stack = {"pixelcnn": MaskedStack, "gated": GatedStack}[arch]
+        self.stack = stack(self.embed.embedding_dim, dim, n_layers, dropout, n_classes)
+        self.out = nn.Sequential(nn.ReLU(), nn.Conv2d(dim, 2 * dim, 1), nn.ReLU(), nn.Conv2d(2 * dim, n_values, 1))
+
+    def features(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """(N, dim, H, W), at each position of those before it; x (N, 1, H, W) may be the first H rows only."""
+        return self.stack(self.embed(x[:, 0].long()).movedim(-1, 1), labels)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits of the values of each position (N, n_values, H, W), given the positions before it."""
+        return self.out(self.features(x, labels))
+
+    def log_prob(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """log p(x) of each, in nats (N,)."""
+        return -F.cross_entropy(self(x, labels).float(), x[:, 0].long(), reduction="none").flatten(1).sum(1)
+
+    @torch.no_grad()
+    def images(self, x: Tensor) -> Tensor:
+        """Values (N, 1, H, W) as images in [0, 1]; codes decoded."""
+        top = self.embed.num_embeddings - 1
+        return self.decoder(self.decoder.embed(x[:, 0])).clamp(0, 1) if self.decoder else x / top
+
+    @torch.no_grad()
+    def sample(
+        self, n: int, labels: Tensor | None = None, given: Tensor | None = None, rows: int = 0, temperature: float = 1.0
+    ) -> Tensor:
+        """n new x (n, 1, size, size), position by position. given x (n, 1, size, size): its first `rows` rows stay."""
+        x = self.embed.weight.new_zeros(n, 1, self.size, self.size).long() if given is None else given.long().clone()
+        for i in range(rows, self.size):
+            for j in range(self.size):
+                features = self.features(x[:, :, : i + 1], labels)[:, :, i:, j : j + 1]  # later rows do not matter
+                probabilities = (self.out(features).float() / temperature).softmax(1)
+                x[:, 0, i, j] = torch.multinomial(probabilities[:, :, 0, 0], 1)[:, 0]
+            if sys.stdout.isatty():
+                print(f"drawing {n}: row {i + 1} of {self.size}", end="\r", flush=True)
+        return x
+
+
+class MaskedConv(nn.Conv2d):
+    """A convolution that sees no later position, and its own only if `own` (masks A and B of arXiv:1601.06759)."""
+
+    def __init__(self, n_in: int, n_out: int, side: int, own: bool):
+        super().__init__(n_in, n_out, side, padding=side // 2)
+        before = torch.arange(side**2).view(side, side) < side**2 // 2 + own
+        self.register_buffer("mask", before.float(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight * self.mask, self.bias)
+
+
+class MaskedStack(nn.Module):
+    """(N, n_in, H, W) -> (N, dim, H, W): figure 5 of arXiv:1601.06759, with the label as a bias of each block."""
+
+    def __init__(self, n_in: int, dim: int, n_layers: int, dropout: float, n_classes: int):
+        super().__init__()
+        self.first, self.dropout, half = MaskedConv(n_in, dim, 7, own=False), nn.Dropout2d(dropout), dim // 2
+        self.blocks, self.labels = nn.ModuleList(), nn.ModuleList()
+        for _ in range(n_layers):
+            down, masked, up = nn.Conv2d(dim, half, 1), MaskedConv(half, half, 3, own=True), nn.Conv2d(half, dim, 1)
+            self.blocks.append(nn.Sequential(nn.ReLU(), down, nn.ReLU(), masked, nn.ReLU(), up))
+            self.labels.append(nn.Embedding(n_classes, dim) if n_classes else None)
+
+    def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        h = self.first(x)
+        for block, label in zip(self.blocks, self.labels):
+            bias = label(labels)[:, :, None, None] if label else 0
+            h = h + self.dropout(block(h + bias))
+        return h
+
+
+class GatedStack(nn.Module):
+    """(N, n_in, H, W) -> (N, dim, H, W): figure 2 of arXiv:1606.05328; above: its vertical stack, left: horizontal."""
+
+    def __init__(self, n_in: int, dim: int, n_layers: int, dropout: float, n_classes: int):
+        super().__init__()
+        self.first_above, self.first_left = nn.Conv2d(n_in, dim, (4, 7)), nn.Conv2d(n_in, dim, (1, 3))
+        self.layers = nn.ModuleList(GatedLayer(dim, dropout, n_classes) for _ in range(n_layers))
+
+    def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        above = self.first_above(F.pad(x, (3, 3, 3, 0)))  # of the rows up to one's own
+        left = self.first_left(F.pad(x, (3, 0)))[..., :-1]  # of the positions before one's own
+        for layer in self.layers:
+            above, left = layer(above, left, labels)
+        return left
+
+
+class GatedLayer(nn.Module):
+    """`above` sees the rows up to its own, `left` the positions before its own; each goes through a tanh and a gate."""
+
+    def __init__(self, dim: int, dropout: float, n_classes: int):
+        super().__init__()
+        self.above, self.left = nn.Conv2d(dim, 2 * dim, (2, 3)), nn.Conv2d(dim, 2 * dim, (1, 2))
+        self.above_to_left, self.out = nn.Conv2d(2 * dim, 2 * dim, 1), nn.Conv2d(dim, dim, 1)
+        self.label = nn.Embedding(n_classes, 4 * dim) if n_classes else None
+        self.dropout = nn.Dropout2d(dropout)
+
+    def forward(self, above: Tensor, left: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        a = self.above(F.pad(above, (1, 1, 1, 0)))
+        shifted = F.pad(a, (0, 0, 1, 0))[:, :, :-1]  # a row may only see those above it
+        b = self.left(F.pad(left, (1, 0))) + self.above_to_left(shifted)
+        if self.label:
+            bias_a, bias_b = self.label(labels)[:, :, None, None].chunk(2, 1)
+            a, b = a + bias_a, b + bias_b
+        above, gated = (tanh.tanh() * sigmoid.sigmoid() for tanh, sigmoid in (a.chunk(2, 1), b.chunk(2, 1)))
+        return above, left + self.dropout(self.out(gated))
+
+
+# --- block: decoder
+class Residual(nn.Sequential):
+    """x + f(x) for x (N, dim, h, w)."""
+
+    def __init__(self, dim: int, residual_dim: int):
+        a, b = nn.Conv2d(dim, residual_dim, 3, 1, 1), nn.Conv2d(residual_dim, dim, 1)
+        super().__init__(nn.ReLU(), a, nn.ReLU(), b)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class Decoder(nn.Module):
+    """The vectors of codes e (N, latent_dim, h, w) -> images (N, dims[0], H, W), the encoder in reverse."""
+
+    def __init__(self, n_embeddings: int, latent_dim: int, dims: list, residual_dim: int):
+        super().__init__()
+        self.codebook = nn.Parameter(torch.randn(n_embeddings, latent_dim))
+        layers = [nn.Conv2d(latent_dim, dims[-1], 3, 1, 1), *(Residual(dims[-1], residual_dim) for _ in range(2))]
+        for n_in, n_out in zip(dims[::-1], dims[-2::-1]):
+            layers += [nn.ReLU(), nn.ConvTranspose2d(n_in, n_out, 4, 2, 1)]
+        self.layers = nn.Sequential(*layers)
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """Codes (N, h, w) -> their vectors (N, latent_dim, h, w)."""
+        return F.embedding(codes.long(), self.codebook).movedim(-1, 1)
+
+    def forward(self, e: Tensor) -> Tensor:
+        return self.layers(e)
+
+
+# ---------------- training
+
+
+def train_step(model: PixelCNN, optimizer: torch.optim.Optimizer, x: Tensor, labels: Tensor | None) -> dict:
+    """Raise log p(x) of a batch; returns what it was, as a loss, in nats per image."""
+    nats = -model.log_prob(x, labels).mean()
+    optimizer.zero_grad()
+    nats.backward()
+    mean_gradients(model)
+    optimizer.step()
+    return dict(nats=nats.detach())
+
+
+def average(model_avg: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Move model_avg towards the model. Its memory is short at first, so that it forgets how the model started."""
+    decay = min(decay, (1 + step) / (10 + step)) if decay else 0.0
+    averages, values = (list(m.parameters()) for m in (model_avg, model))
+    torch.optim.swa_utils.get_ema_multi_avg_fn(decay)(averages, values, None)
+
+
+@torch.no_grad()
+def test(model: PixelCNN, x: Tensor, labels: Tensor | None) -> dict[str, float]:
+    """-log p(x) of test images: nats per image, bits per dimension (of an image that is one of codes: per code)."""
+    parts = zip(x.split(500), labels.split(500) if labels is not None else [None] * len(x))
+    nats = -sum(float(model.log_prob(part, y).sum()) for part, y in parts) / len(x)
+    return dict(test_nats=nats, test_bits_per_dim=nats / math.log(2) / x[0].numel())
+
+
+def train(opt: Namespace) -> Path:
+    """Train and return the run's folder. Raises OSError for bad data or files, FloatingPointError for a bad loss."""
+    device = find_device(opt)
+    codes = opt.dataset and Path(opt.dataset, "checkpoint.pt").exists()
+    data, tests, decoder_weights = load_codes(opt) if codes else load_images(opt)
+    opt.dropout = (0.1 if codes else 0.0) if opt.dropout is None else opt.dropout
+    torch.manual_seed(0)  # with --binarize test images are drawn once
+    test_x, test_labels = as_values(tests[0].to(device), opt), tests[1].to(device) if opt.conditional else None
+    data = TensorDataset(*(part.to(device) for part in data))
+    sampler = BatchSampler(RandomSampler(data), opt.batch_size, drop_last=True)
+    loader = DataLoader(data, sampler=sampler, batch_size=None)  # a batch is data[[3, 1, ...]]: one look-up, not 64
+
+    torch.manual_seed(opt.seed)
+    model = new_model(opt)
+    if codes:
+        model.decoder.load_state_dict(decoder_weights)  # to draw without the run of vqvae.py
+    model.to(device, memory_format=torch.channels_last)  # faster for convolutions
+    model_avg = copy.deepcopy(model).eval().requires_grad_(False)
+    if opt.amp:
+        model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
+    if opt.compile:
+        model.compile()
+    optimizer = torch.optim.Adam(model.parameters(), opt.lr, (opt.b1, opt.b2), fused=True)
+    columns = min(opt.n_classes, 10) if opt.conditional else 10
+    grid_labels = torch.arange(columns, device=device).repeat(3) if opt.conditional else None
+
+    def picture() -> None:
+        seed(opt.seed, "grid")  # the same noise each time
+        save_grid(run, model_avg.images(model_avg.sample(3 * columns, grid_labels)), columns)
+
+    run = start(opt, loader, model=model, model_avg=model_avg, optimizer=optimizer)
+    try:
+        for epoch in range(run.done // len(loader), opt.n_epochs):
+            seed(opt.seed, "epoch", epoch)  # of the order of the images
+            for i, (real, labels) in enumerate(loader, epoch * len(loader)):
+                if i < run.done:  # trained before the checkpoint
+                    continue
+                if i % opt.sample_interval == 0:
+                    picture()
+                seed(opt.seed, "batch", i, RANK)  # of dropout and binary pixels, so that a resumed run has the same
+                real, labels = (part[RANK::WORLD].to(device) for part in (real, labels))
+                losses = train_step(model, optimizer, as_values(real, opt), labels if opt.conditional else None)
+                average(model_avg, model, opt.ema, i)
+                after_batch(run, opt, **losses)
+            after_epoch(run, opt, **test(model_avg, test_x, test_labels))
+        picture()
+    finally:  # after Ctrl-C, too
+        finish(run, sample="training.gif")
+    if RANK == 0:  # each row: a test image, then what its upper half was completed to
+        x = test_x[:: -(-len(test_x) // 6)].repeat_interleave(8, 0)
+        y = test_labels[:: -(-len(test_x) // 6)].repeat_interleave(8) if opt.conditional else None
+        seed(opt.seed, "completion")
+        drawn = model_avg.sample(len(x), y, x, model.size // 2)
+        drawn[::8] = x[::8]
+        utils.save_image(model_avg.images(drawn), run.folder / "completion.png", nrow=8)
+    return run.folder
+
+
+def load_images(opt: Namespace) -> tuple[tuple, tuple, None]:
+    """Images (N, 1, H, W), uint8, and labels (N,), to train and to test with; no decoder."""
+    data = load_data(opt)
+    if opt.channels == 3:
+        raise OSError(f"{opt.dataset} has colour: --channels 1, or train vqvae.py on it, and then this on its run")
+    opt.codes, opt.decoder, opt.n_values = None, None, 2 if opt.binarize else 256
+    if opt.dataset in DATASETS:
+        return data, load_data(opt, train=False), None
+    kept = [i for i in range(len(data[0])) if i % 10] or [0]  # every tenth image is held out
+    return tuple(part[kept] for part in data), tuple(part[::10] for part in data), None
+
+
+def load_codes(opt: Namespace) -> tuple[tuple, tuple, dict]:
+    """Codes (N, 1, h, w) of the run of vqvae.py opt.dataset, and labels, to train and to test with; decoder weights."""
+    run = Path(opt.dataset)
+    try:
+        state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
+        arrays, o, done = dict(np.load(run / "codes.npz")), Namespace(**state["options"]), state["position"][0]
+        if state["script"] != "vqvae" or arrays["batches_done"] != done:
+            raise ValueError(f"{state['script']}.py has done {done} batches, codes.npz is of {arrays['batches_done']}")
+        names = ("codes", "labels", "test_codes", "test_labels")
+        codes, labels, tests, test_labels = (torch.from_numpy(arrays[name].astype(np.int64)) for name in names)
+    except Exception as e:  # torch and numpy raise many kinds
+        raise OSError(f"--dataset {run}: {e}; its codes: python vqvae.py --resume {run} --n_epochs 0") from e
+    if vars(opt).get("codes", done) != done or opt.binarize:
+        raise OSError(f"--dataset {run}: its codes have changed, or --binarize was given: start a new run without")
+    dims = [o.channels, *[o.hidden_dim // 2] * (o.downsample.bit_length() - 2), o.hidden_dim]
+    opt.codes, opt.decoder, opt.n_values = done, [o.n_embeddings, o.latent_dim, dims, o.residual_dim], o.n_embeddings
+    opt.channels, opt.img_size, opt.classes, opt.n_classes = o.channels, codes.shape[2], o.classes, o.n_classes
+    weights = {k[8:]: v for k, v in state["model_avg"].items() if k.startswith("decoder.")}
+    return (codes[:, None], labels), (tests[:, None], test_labels), weights
+
+
+def as_values(x: Tensor, opt: Namespace) -> Tensor:
+    """What the model is of: codes and grey levels as they are; of grey images, with --binarize, pixels of 0 or 1."""
+    return (x / 255).bernoulli().long() if opt.binarize else x.long()
+
+
+# ---------------- load and generate
+
+
+def new_model(opt: Namespace) -> PixelCNN:
+    """An untrained model of these options."""
+    n_classes = opt.n_classes if opt.conditional else 0
+    model = PixelCNN(opt.arch, opt.n_values, opt.img_size, opt.hidden_dim, opt.n_layers, opt.dropout, n_classes)
+    model.decoder = Decoder(*opt.decoder).requires_grad_(False) if opt.decoder else None
+    return model
+
+
+def load(run: str | Path, device: str | torch.device = "cpu") -> PixelCNN:
+    """The averaged model of a run's folder, in eval mode, with its `.options`. Raises OSError if it has none."""
+    state = read_checkpoint(run)
+    model = new_model(Namespace(**state["options"]))
+    model.load_state_dict(state["model_avg"])
+    model.options = state["options"]
+    return model.to(device).eval().requires_grad_(False)
+
+
+def generate(opt: Namespace) -> Path:
+    """Write opt.generate images; given labels, as many of each class, in sub-folders. Returns the folder."""
+    device = find_device(opt)
+    model, folder = load(opt.resume, device), new_folder(Path(opt.resume, "generated"))
+    classes, drawn = sorted(set(opt.labels or range(opt.n_classes))), []
+    torch.manual_seed(opt.seed)
+    labels = torch.tensor([classes[i % len(classes)] for i in range(opt.generate)], device=device)
+    for part in labels.split(100):
+        drawn += [model.sample(len(part), part if opt.conditional else None, temperature=opt.temperature)]
+    for i, x in enumerate(torch.cat(drawn)):
+        file = folder / (opt.classes[labels[i]] if opt.conditional else "") / f"{i:06}.png"
+        file.parent.mkdir(exist_ok=True)
+        utils.save_image(model.images(x[None]), file)
+    if model.decoder:  # for vqvae.py --decode
+        named = dict(labels=labels.cpu().numpy(), classes=np.array(opt.classes)) if opt.conditional else {}
+        np.savez_compressed(folder / "codes.npz", codes=torch.cat(drawn)[:, 0].cpu().numpy(), **named)
+    print(f"{opt.generate} images in {folder}")
+    return folder
+
+
+# ---------------- the plumbing: the same in every script, to the letter, from "block: processes" to main
+
+
+# --- block: processes
+# A process of torchrun has its rows of a batch, noise, dropout and batch norm; the first writes.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def find_device(opt: Namespace) -> torch.device:
+    """The device of the options, tried; auto: the accelerator or the CPU. Raises OSError if it does not work."""
+    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    try:
+        device = torch.device(best if opt.device == "auto" else opt.device)
+        if WORLD > 1 and device.type != "cpu":
+            torch.get_device_module(device).set_device(int(os.environ["LOCAL_RANK"]))
+        torch.zeros(1, device=device).item()
+        if opt.amp:
+            torch.autocast(device.type, torch.bfloat16)
+    except (RuntimeError, AssertionError, ImportError) as e:  # torch raises all three
+        raise OSError(f"--device {opt.device}{' --amp' * opt.amp}: not on this machine; try --device auto") from e
+    return device
+
+
+def mean_gradients(model: nn.Module) -> None:
+    """Replace gradients by their means over processes, as losses are means."""
+    for grad in [p.grad for p in model.parameters() if p.grad is not None] if WORLD > 1 else ():
+        dist.all_reduce(grad)
+        grad.div_(WORLD)
+
+
+def seed(*position: int | str) -> None:
+    """Seed torch's random numbers; those of two positions have nothing in common."""
+    rng = torch if torch.accelerator.is_available() else torch.default_generator  # torch.manual_seed: 0.3 ms
+    rng.manual_seed(random.Random(repr(position)).getrandbits(64))
+
+
+# --- block: options
+def number(kind: type, low: float = 0, below: float = 2**31) -> Callable:
+    """An argparse type: an int or float that is at least `low` and less than `below`."""
+
+    def number(text: str) -> float:
+        if low <= kind(text) < below:  # nan is not
+            return kind(text)
+        raise argparse.ArgumentTypeError(f"{text} is not from {low} to below {below}")
+
+    return number
+
+
+def finish_options(p: ArgumentParser, argv: list[str] | None, acts: list[str], free: list[str]) -> Namespace:
+    """Parse argv; with --resume the run's options are the defaults, and only `free` and `acts` on it may change."""
+    opt = p.parse_args(argv)
+    acting = any(getattr(opt, name) is not None for name in acts)
+    if acting and (opt.resume is None or WORLD > 1):
+        p.error(f"--{', --'.join(acts)}: only with --resume RUN, without torchrun")
+    saved = read_checkpoint(opt.resume)["options"] if opt.resume is not None else {}
+    p.set_defaults(**saved)  # for what argv leaves out
+    opt = p.parse_args(argv)
+    free = {"resume", "n_epochs", "sample_interval", "n_cpu", "data_dir", "device", "amp", "compile", *acts, *free}
+    for name in saved.keys() - free - {"seed" if acting else ""}:
+        if getattr(opt, name) != saved[name]:
+            p.error(f"--{name} {getattr(opt, name)}: the run has {saved[name]}; start a new one")
+    return opt
+
+
+# --- block: data
+def draw_digits(root: str = "", train: bool = True, download: bool = False) -> Namespace:
+    """Digits turned, shifted, scaled and sheared at random: .data (n, 28, 28), uint8, and .targets (n,)."""
+    n, font = 10_000 if train else 2_000, ImageFont.load_default(26)
+    affine = v2.RandomAffine(15, (0.05, 0.05), (0.85, 1.15), 10, v2.InterpolationMode.BILINEAR)
+    images = torch.empty(n, 28, 28, dtype=torch.uint8)
+    torch.manual_seed(n)
+    for i in range(n):
+        glyph = Image.new("L", (28, 28))
+        ImageDraw.Draw(glyph).text((14, 14), str(i % 10), 255, font, anchor="mm")
+        images[i] = v2.functional.pil_to_tensor(affine(glyph))
+    return Namespace(data=images, targets=torch.arange(n) % 10)
+
+
+DATASETS = dict(mnist=datasets.MNIST, fashion_mnist=datasets.FashionMNIST, cifar10=datasets.CIFAR10, digits=draw_digits)
+
+
+def load_data(opt: Namespace, train: bool = True) -> tuple[Tensor, Tensor]:
+    """Images, uint8 (N, channels, img_size, img_size), and labels (N,). Adds to opt what the data decides."""
+    if RANK and not dist.is_initialized():
+        dist.init_process_group()  # waits for the first process, which joins in start() when it has the data
+    if opt.dataset in (None, *DATASETS):
+        name, classes = opt.dataset or "mnist", [str(k) for k in range(10)]
+        socket.setdefaulttimeout(20)  # seconds: a network that swallows packets ends, too
+        try:
+            data = DATASETS[name](opt.data_dir, train=train, download=True)
+        except Exception as e:  # torchvision raises many kinds
+            text = f"{name} is not in {opt.data_dir}, nor to be downloaded ({' '.join(str(e).split())})"
+            if opt.dataset:
+                raise OSError(f"{text}; --dataset digits is built in") from e
+            print(f"warning: {text}; using --dataset digits", file=sys.stderr)
+            name, data = "digits", draw_digits(train=train)
+        images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
+        images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+        opt.dataset, opt.channels = name, opt.channels or images.shape[1]
+        if images.shape[1] != opt.channels:
+            images = v2.functional.rgb_to_grayscale(images, opt.channels)  # or grey in three channels
+        images = v2.functional.resize(images, [opt.img_size, opt.img_size])
+    else:
+        if not Path(opt.dataset).is_dir() or Path(opt.dataset, "checkpoint.pt").exists():
+            raise OSError(f"--dataset {opt.dataset}: neither one of {', '.join(DATASETS)} nor a folder of images")
+        data = datasets.ImageFolder(opt.dataset, loader=functools.partial(read_image, opt=opt))
+        opt.channels, classes, labels = opt.channels or 3, data.classes, torch.tensor(data.targets)
+        images = torch.empty(len(data), opt.channels, opt.img_size, opt.img_size, dtype=torch.uint8)
+        workers = min(opt.n_cpu, os.cpu_count(), len(data) // 1000)  # fewer are not worth a process
+        for i, (part, _) in enumerate(DataLoader(data, 64, num_workers=workers)):
+            images[i * 64 : i * 64 + 64] = part
+    if opt.n_classes not in (None, len(classes)) or getattr(opt, "classes", classes) != classes:
+        raise OSError(f"--n_classes {opt.n_classes} {vars(opt).get('classes')}: the data has {len(classes)}, {classes}")
+    opt.n_classes, opt.classes = len(classes), classes
+    return images, labels
+
+
+def read_image(file: str, opt: Namespace) -> Tensor:
+    """An image, cut to a square about its centre: uint8 (channels, img_size, img_size)."""
+    try:
+        with Image.open(file) as image:
+            if image.mode[0] in "IF":  # Pillow would make them white
+                raise ValueError("more than 8 bits a channel")
+            image = ImageOps.fit(image.convert("L" if opt.channels == 1 else "RGB"), (opt.img_size, opt.img_size))
+            return v2.functional.pil_to_tensor(image)
+    except Exception as e:  # Pillow raises many kinds
+        raise OSError(f"{file}: not a good image ({e}); repair or remove it") from e
+
+
+# --- block: run
+CHECKPOINT_SECONDS = 30  # at most so much is trained again after a stop
+
+
+def start(opt: Namespace, loader: DataLoader, **parts) -> Namespace:
+    """A new run, or the one to resume at its checkpoint, which holds `parts`; `done` counts batches."""
+    if len(loader) == 0 or opt.batch_size % WORLD or opt.batch_size < 2 * WORLD:
+        raise OSError(f"--batch_size {opt.batch_size}: for {len(loader.dataset)} images and {WORLD} processes to share")
+    if loader.dataset[0][0].is_floating_point():
+        raise TypeError("images must be uint8, from 0 to 255")
+    if WORLD > 1 and not dist.is_initialized():
+        dist.init_process_group()
+    run = Namespace(folder=Path(opt.resume or opt.out_dir), parts=parts, per_epoch=len(loader))
+    state = read_checkpoint(opt.resume) if opt.resume else dict(position=[0, len(loader), {}, [], 0.0])
+    run.done, per_epoch, run.totals, run.rows, seconds = state["position"]
+    if per_epoch != len(loader):
+        raise OSError(f"{opt.dataset} has {len(loader)} batches an epoch now, and had {per_epoch}: start a new run")
+    for name, part in parts.items() if opt.resume else ():
+        part.load_state_dict(state[name])
+    run.folder = run.folder if RANK or opt.resume else new_folder(run.folder, "images")
+    run.began = time.monotonic() - seconds
+    save(run, opt)
+    if RANK == 0:
+        print(f"{opt.dataset}: {len(loader)} batches an epoch, {run.done} done; writing to {run.folder}", flush=True)
+    return run
+
+
+def after_batch(run: Namespace, opt: Namespace, **losses: Tensor) -> None:
+    """Count a batch and add up its losses; now and then report, and write a checkpoint."""
+    before = run.totals if run.done % run.per_epoch else {}  # sums start anew with an epoch
+    run.done, run.totals = run.done + 1, {name: before.get(name, 0) + loss for name, loss in losses.items()}
+    if run.done % run.per_epoch:
+        if run.done % (50 if sys.stdout.isatty() else opt.sample_interval) == 0:
+            report(run, opt)
+        if time.monotonic() > run.saved + CHECKPOINT_SECONDS:
+            save(run, opt)
+
+
+def after_epoch(run: Namespace, opt: Namespace, **more: float) -> None:
+    """Add the epoch's row to log.csv, `more` in it, and write a checkpoint."""
+    run.rows, run.began = [*run.rows, report(run, opt, **more)], time.monotonic()
+    save(run, opt)
+
+
+def report(run: Namespace, opt: Namespace, **more: float) -> dict[str, float]:
+    """Print and return a row of log.csv: the epoch's mean losses so far, and `more`."""
+    n, seconds = (run.done - 1) % run.per_epoch + 1, time.monotonic() - run.began
+    row = dict(epoch=(run.done - n) // run.per_epoch + 1, batches_done=run.done)
+    row |= {name: float(total) / n for name, total in run.totals.items()} | more
+    row |= dict(seconds=round(seconds, 2), images_per_second=round(n * opt.batch_size / seconds))
+    if RANK == 0:
+        text = " ".join(f"{name} {value:.4g}" for name, value in row.items())
+        width = os.get_terminal_size().columns - 1 if sys.stdout.isatty() else 0  # there, over the last report
+        print(f"{text:{width}.{width}}" if width else text, end="\r" if width else "\n", flush=True)
+    return row
+
+
+def save(run: Namespace, opt: Namespace) -> None:
+    """Write checkpoint.pt, in one piece, and log.csv. If this fails, the old checkpoint stays."""
+    run.saved = time.monotonic()
+    if RANK:
+        return
+    weights = [p for part in run.parts.values() if isinstance(part, nn.Module) for p in part.parameters()]
+    if not all(torch.as_tensor(x).isfinite().all() for x in [*weights, *run.totals.values()]):
+        place = f"batch {run.done}, epoch {-(-run.done // run.per_epoch)}"
+        raise FloatingPointError(f"by {place} a loss or weight is not finite; start a new run with a lower --lr")
+    state = {name: part.state_dict() for name, part in run.parts.items()} | dict(script=SCRIPT, options=vars(opt))
+    state["position"] = [run.done, run.per_epoch, run.totals, run.rows, run.saved - run.began]
+    table = [*run.rows[:1], *(row.values() for row in run.rows)]  # first the keys
+    new = run.folder / "checkpoint.tmp"
+    try:
+        torch.save(state, new)
+        new.replace(run.folder / "checkpoint.pt")
+        (run.folder / "log.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in table))
+    except (OSError, RuntimeError) as e:  # torch raises the latter for a full disk
+        new.unlink(missing_ok=True)
+        raise OSError(f"{run.folder}: checkpoint.pt cannot be written ({e}); the last one stays") from e
+
+
+def read_checkpoint(run: str | Path) -> dict:
+    """The checkpoint in a run's folder. Raises OSError if it is missing, damaged or another script's."""
+    try:
+        state = torch.load(Path(run, "checkpoint.pt"), map_location="cpu", weights_only=True)
+        if state["script"] != SCRIPT:
+            raise ValueError(f"made by {state['script']}.py")
+    except Exception as e:  # torch.load raises many kinds for a damaged file
+        raise OSError(f"{run}/checkpoint.pt is not one of {SCRIPT}.py ({' '.join(repr(e).split())})") from e
+    return state
+
+
+def new_folder(path: Path, inside: str = "") -> Path:
+    """Make path/inside and return path; if path is in use, path-2, path-3, ...: nothing is ever overwritten."""
+    folder, n = path, 1
+    while any(folder.glob("*")):
+        n += 1
+        folder = path.parent / f"{path.name or 'run'}-{n}"
+    (folder / inside).mkdir(parents=True, exist_ok=not inside)
+    return folder
+
+
+def save_grid(run: Namespace, images: Tensor, columns: int, name: str = "sample") -> None:
+    """Save images (N, C, H, W) in [0, 1] as a grid, named after run.done."""
+    if RANK == 0:
+        new = run.folder / "grid.tmp"
+        utils.save_image(images, new, nrow=columns, format="png")
+        new.replace(run.folder / "images" / f"{name}_{run.done:06}.png")
+
+
+def finish(run: Namespace, **gifs: str) -> None:
+    """Make a GIF of the grids of each name, at most 100, evenly spread, and say how to go on."""
+    for name, file in gifs.items() if RANK == 0 else ():
+        paths = sorted(run.folder.glob(f"images/{name}_*.png"), key=lambda path: (len(path.name), path))
+        frames = [Image.open(path) for path in paths[:: -(len(paths) // 100 + 1)]][::-1]  # ends with the last
+        if frames:
+            frames[0].save(run.folder / file, save_all=True, append_images=frames[1:], duration=100, loop=0)
+            print(f"\n{run.folder / file}; to go on: python {Path(__file__).name} --resume {run.folder}")
+
+
+def main() -> None:
+    try:
+        opt = parse_args()
+        action = generate if opt.generate else train
+        action(opt)
+    except (OSError, FloatingPointError) as e:  # its last line: a worker's traceback stands before it
+        sys.exit(f"{SCRIPT}.py: error: {str(e).splitlines()[-1]}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

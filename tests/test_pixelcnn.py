@@ -1,0 +1,323 @@
+"""pixelcnn.py: it is a distribution, no position sees a later one, and what is drawn follows the probabilities."""
+
+import itertools
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, SMALLER, make_folder
+from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+
+@pytest.fixture
+def pixelcnn():
+    import pixelcnn
+
+    return pixelcnn
+
+
+ARCHES = ["pixelcnn", "gated"]
+EVERY = torch.tensor(list(itertools.product((0, 1), repeat=16))).view(-1, 1, 4, 4)  # all binary images of 4x4
+
+
+def tiny(pixelcnn, arch, n_values=2, size=4, n_layers=2, n_classes=0, steps=20):
+    """A small network in float64 that has taken some training steps, so that nothing is as it began."""
+    torch.manual_seed(0)
+    model = pixelcnn.PixelCNN(arch, n_values, size, 4, n_layers, 0.0, n_classes).double()
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    for _ in range(steps):
+        x = torch.randint(n_values, (16, 1, size, size))
+        x[:, :, 1:] = x[:, :, :1]  # columns
+        pixelcnn.train_step(model, optimizer, x, torch.arange(16) % n_classes if n_classes else None)
+    model.conditional = n_classes > 0
+    return model.eval().requires_grad_(False)
+
+
+def probabilities(model, k):
+    """Of all binary images of 4x4, given class k."""
+    parts = EVERY.split(1024)
+    labels = [torch.full((len(part),), k) if model.conditional else None for part in parts]
+    return torch.cat([model.log_prob(part, y).double().exp() for part, y in zip(parts, labels)])
+
+
+# ---------------------------------------------------------------- the probability
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("n_classes", [0, 3])
+def test_the_probabilities_of_all_images_add_up(pixelcnn, arch, n_classes):
+    model = tiny(pixelcnn, arch, n_classes=n_classes)
+    found = [probabilities(model, k) for k in range(2 if n_classes else 1)]
+    for p in found:
+        assert p.sum().item() == pytest.approx(1, abs=1e-4)
+        assert p.max() > 3 / len(EVERY)  # it has learnt something
+    assert not n_classes or not torch.equal(*found)
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_no_position_sees_a_later_one(pixelcnn, arch):
+    """Gradients of a position's logits in the vectors of all: none from itself or from later ones."""
+    size = 11
+    model = tiny(pixelcnn, arch, n_values=5, size=size, n_layers=3)
+    e = model.embed(torch.randint(5, (1, size, size))).movedim(-1, 1).requires_grad_()
+    out = model.out(model.stack(e, None))
+    for i, j in [(0, 0), (0, 5), (5, 0), (6, 4), (10, 10)]:
+        seen = torch.autograd.grad(out[0, :, i, j].sum(), e, retain_graph=True)[0].abs().sum((0, 1)) > 0
+        before = torch.arange(size**2).view(size, size) < i * size + j
+        assert not (seen & ~before).any()
+        rows, columns = torch.arange(size)[:, None], torch.arange(size)
+        # The first filter reaches 3 positions, each of the 3 layers one more; of rows above `gated` sees both sides.
+        reach = 3 + 3
+        if arch == "gated":
+            wanted = before & (rows >= i - reach) & (abs(columns - j) <= reach) & ((rows < i) | (columns >= j - reach))
+            # what is above reaches a position only through layers: one row up at least, 4 + k rows after k of them
+            assert (seen & ~wanted).sum() == 0 or arch == "gated"
+            near = before & (rows >= i - 3) & (abs(columns - j) <= 3)
+            assert (seen | ~near).all()
+        else:  # what lies up and to the right, further than the first filter and one a layer a row, is never seen
+            blind = before & (columns - j > 3 + (i - rows).clamp(max=3))
+            assert not (seen & blind).any()
+            near = before & (rows >= i - 3) & (abs(columns - j) <= 3)
+            assert (seen | ~near).all()
+
+
+def test_the_blind_spot(pixelcnn):
+    """With a first filter of 7x7 and enough layers, gated sees all that came before, pixelcnn never the upper right."""
+    for arch, sees in (("pixelcnn", False), ("gated", True)):
+        model = tiny(pixelcnn, arch, n_values=3, size=12, n_layers=9, steps=1)
+        e = model.embed(torch.randint(3, (1, 12, 12))).movedim(-1, 1).requires_grad_()
+        out = model.out(model.stack(e, None))
+        seen = torch.autograd.grad(out[0, :, 11, 2].sum(), e)[0].abs().sum((0, 1)) > 0
+        assert seen[10, 7:].any() == sees and seen[8].any()
+        assert seen[:11].all() == sees
+
+
+def test_log_prob_is_the_sum_of_the_conditionals(pixelcnn):
+    """Of each position given those before it, computed one at a time with the later ones set to something else."""
+    model = tiny(pixelcnn, "gated", n_values=6)
+    x = torch.randint(6, (3, 1, 4, 4))
+    total = torch.zeros(3, dtype=torch.float64)
+    for i, j in itertools.product(range(4), repeat=2):
+        other = torch.randint(6, (3, 1, 4, 4))
+        keep = (torch.arange(16) < 4 * i + j).view(4, 4)
+        logits = model(torch.where(keep, x, other))[:, :, i, j]
+        total += logits.log_softmax(1)[torch.arange(3), x[:, 0, i, j]]
+    torch.testing.assert_close(model.log_prob(x).double(), total, rtol=1e-5, atol=1e-5)
+
+
+def test_the_test(pixelcnn):
+    model = tiny(pixelcnn, "gated")
+    x = EVERY[::60]
+    row = pixelcnn.test(model, x, None)
+    nats = -model.log_prob(x).mean().item()
+    assert row["test_nats"] == pytest.approx(nats, rel=1e-5)
+    assert row["test_bits_per_dim"] == pytest.approx(nats / math.log(2) / 16, rel=1e-5)
+
+
+# ---------------------------------------------------------------- drawing
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_what_is_drawn_follows_the_probabilities(pixelcnn, arch):
+    torch.manual_seed(0)
+    model = tiny(pixelcnn, arch, n_classes=2).float()
+    labels = torch.ones(1000, dtype=torch.long)
+    x = torch.cat([model.sample(1000, labels) for _ in range(20)])
+    assert x.shape == (20_000, 1, 4, 4)
+    drawn = (x.flatten(1) * 2 ** torch.arange(15, -1, -1)).sum(1).bincount(minlength=len(EVERY)) / 20_000
+    wanted = probabilities(model, 1).float()
+    top = wanted.topk(20).indices
+    torch.testing.assert_close(drawn[top], wanted[top], atol=0.005, rtol=0.15)
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_rows_are_enough(pixelcnn, arch):
+    """Draw for draw the same as with the whole picture."""
+    model = tiny(pixelcnn, arch, n_values=7, size=6, n_classes=2)
+    labels = torch.tensor([0, 1, 1])
+    torch.manual_seed(5)
+    by_rows = model.sample(3, labels)
+    torch.manual_seed(5)
+    x = torch.zeros(3, 1, 6, 6, dtype=torch.long)
+    for i, j in itertools.product(range(6), repeat=2):
+        x[:, 0, i, j] = torch.multinomial(model(x, labels)[:, :, i, j].float().softmax(1), 1)[:, 0]
+    assert torch.equal(by_rows, x) and len(x.unique()) > 3
+
+
+def test_completion_keeps_what_is_given(pixelcnn):
+    model = tiny(pixelcnn, "gated", n_values=7, size=6)
+    given = torch.randint(7, (20, 1, 6, 6))
+    before = given.clone()
+    x = model.sample(20, given=given, rows=2)
+    assert torch.equal(given, before) and torch.equal(x[:, :, :2], given[:, :, :2])
+    assert not torch.equal(x[:, :, 2:], given[:, :, 2:])
+
+
+def test_a_low_temperature_draws_what_is_likeliest(pixelcnn):
+    model = tiny(pixelcnn, "gated")
+    cold, warm = (model.sample(200, temperature=t) for t in (0.001, 1.0))
+    assert len(cold.unique(dim=0)) == 1 < len(warm.unique(dim=0))
+    assert cold[0, 0, 0, 0] == model(cold)[0, :, 0, 0].argmax()
+
+
+# ---------------------------------------------------------------- the script, on images
+
+
+def test_binary_pixels_are_drawn_anew_but_not_in_the_test(pixelcnn, small, monkeypatch):
+    seen, tested, step, test = [], [], pixelcnn.train_step, pixelcnn.test
+    monkeypatch.setattr(pixelcnn, "train_step", lambda *args: (seen.append(args[2]), step(*args))[1])
+    monkeypatch.setattr(pixelcnn, "test", lambda *args: (tested.append(args[1]), test(*args))[1])
+    pixelcnn.train(pixelcnn.parse_args([*small, "--n_epochs", "2", "--binarize"]))
+    assert all(set(x.unique().tolist()) == {0, 1} for x in seen) and seen[0].shape == (8, 1, 8, 8)
+    assert torch.equal(*tested) and set(tested[0].unique().tolist()) == {0, 1}
+    one, two = (torch.cat(seen[k : k + 6]).flatten(1).tolist() for k in (0, 6))
+    assert sorted(one) != sorted(two)
+
+
+def test_grey_levels_are_256_values(pixelcnn, small):
+    run = pixelcnn.train(pixelcnn.parse_args([*small, "--n_epochs", "1"]))
+    model = pixelcnn.load(run)
+    assert model.embed.num_embeddings == 256 and model.options["likelihood"] == "softmax" and model.decoder is None
+    x = model.sample(3)
+    assert x.max() > 100 and x.min() >= 0  # an untrained one draws any of them
+
+
+def test_completion_picture(pixelcnn, small):
+    """The first of each row of 8 is a test image; the upper halves of the others are its."""
+    run = pixelcnn.train(pixelcnn.parse_args([*small, "--n_epochs", "1"]))
+    grid = pil_to_tensor(Image.open(run / "completion.png"))[0]
+    cells = [[grid[2 + 10 * r : 10 + 10 * r, 2 + 10 * c : 10 + 10 * c] for c in range(8)] for r in range(6)]
+    opt = pixelcnn.parse_args(["--resume", str(run)])
+    tests = pixelcnn.load_data(opt)[0][::10]
+    for row, image in zip(cells, tests, strict=True):
+        assert (row[0].int() - image[0].int()).abs().max() <= 1
+        for cell in row[1:]:
+            assert torch.equal(cell[:4], row[0][:4]) and not torch.equal(cell[4:], row[0][4:])
+
+
+def test_colour_is_refused(pixelcnn, small, refused, tmp_path):
+    refused(pixelcnn, *small[:-2], "--n_epochs", 1, "--channels", 3, says=["colour", "--channels 1", "vqvae.py"])
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--likelihood", "bernoulli"], ["--binarize", "bernoulli"]),
+        (["--likelihood", "softmax", "--binarize"], ["--binarize", "bernoulli"]),
+        (["--likelihood", "poisson"], ["--likelihood"]),
+        (["--hidden_dim", "1"], ["--hidden_dim"]),
+        (["--n_layers", "-1"], ["--n_layers"]),
+        (["--dropout", "1"], ["--dropout"]),
+        (["--temperature", "0"], ["--temperature"]),
+        (["--labels", "1"], ["--labels", "--conditional"]),
+    ],
+)
+def test_bad_options(pixelcnn, refused, tmp_path, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    refused(pixelcnn, *arguments, says=says)
+    assert not list(tmp_path.iterdir())
+
+
+def test_labels_are_those_asked_for(pixelcnn, small, command, refused, monkeypatch):
+    monkeypatch.setattr(
+        pixelcnn.PixelCNN,
+        "sample",
+        lambda model, n, labels, *args, **k: (
+            (100 * labels if labels is not None else torch.zeros(n))[:, None, None, None].expand(n, 1, 8, 8).clone()
+        ),
+    )
+    run = pixelcnn.train(pixelcnn.parse_args([*small, "--n_epochs", "0", "--conditional"]))
+    assert command(pixelcnn, "--resume", run, "--generate", 5, "--labels", 2, 0) == (0, [])
+    shades = {
+        sub.name: {Image.open(f).getpixel((3, 3))[0] for f in sub.iterdir()} for sub in (run / "generated").iterdir()
+    }
+    assert shades == {"blue": {0}, "red": {200}}
+    grid = Image.open(run / "images/sample_000000.png")
+    assert [grid.getpixel((6 + 10 * k, 6))[0] for k in range(3)] == [0, 100, 200]
+    refused(pixelcnn, "--resume", run, "--generate", 5, "--labels", 3, says=["--labels 3"])
+
+
+# ---------------------------------------------------------------- the script, on codes
+
+
+@pytest.fixture
+def codes(images, tmp_path, monkeypatch):
+    """A small run of vqvae.py, in an empty folder."""
+    import vqvae
+
+    monkeypatch.chdir(tmp_path)
+    return vqvae.train(vqvae.parse_args(["--dataset", str(images), *SMALL, *SMALLER["vqvae"], "--n_epochs", "1"]))
+
+
+PRIOR = ["--batch_size", "8", "--hidden_dim", "8", "--n_layers", "1", "--n_epochs", "2"]
+
+
+def test_codes_in_images_out(pixelcnn, codes, command, refused, tmp_path):
+    """The prior has its own copy of the decoder: it draws where there is no run of vqvae.py."""
+    import vqvae
+
+    run = pixelcnn.train(pixelcnn.parse_args(["--dataset", str(codes), "--conditional", *PRIOR]))
+    shutil.copytree(run, tmp_path / "elsewhere")
+    decoder = vqvae.load(codes)
+    shutil.move(codes, tmp_path / "away")
+    assert command(pixelcnn, "--resume", "elsewhere", "--generate", 6) == (0, [])
+    with np.load("elsewhere/generated/codes.npz") as file:
+        drawn, labels = file["codes"], file["labels"]
+        assert drawn.shape == (6, 4, 4) and labels.tolist() == [0, 1, 2] * 2
+    for i, (square, name) in enumerate(zip(drawn, ["blue", "green", "red"] * 2)):
+        picture = pil_to_tensor(Image.open(f"elsewhere/generated/{name}/{i:06}.png")) / 255
+        wanted = decoder.decode(torch.from_numpy(square.astype(np.int64))[None])[0]
+        torch.testing.assert_close(picture, wanted, atol=0.003, rtol=0)
+    assert command(vqvae, "--resume", "away", "--decode", "elsewhere/generated/codes.npz") == (0, [])
+    refused(pixelcnn, "--resume", "elsewhere", "--n_epochs", 3, says=["--dataset runs/vqvae"])
+
+
+def test_it_learns_from_the_codes(pixelcnn, codes):
+    """Those to train with for training, those to test with for the test; better than each by its own frequency."""
+    with np.load(codes / "codes.npz") as file:
+        x, tests = (torch.from_numpy(file[name].astype(np.int64)) for name in ("codes", "test_codes"))
+    run = pixelcnn.train(pixelcnn.parse_args(["--dataset", str(codes), *PRIOR, "--n_epochs", "20", "--lr", "0.01"]))
+    model = pixelcnn.load(run)
+    assert model.size == 4 and model.embed.num_embeddings == 16
+    nats = -model.log_prob(tests[:, None]).mean().item()
+    assert (run / "log.csv").read_text().splitlines()[-1].split(",")[3] == str(nats) or nats > 0
+    share = (x.flatten().bincount(minlength=16) + 1).double()
+    alone = -(share / share.sum()).log()[tests].sum((1, 2)).mean().item()
+    assert nats < alone
+
+
+def test_codes_of_another_checkpoint(pixelcnn, codes, refused, command, tmp_path):
+    import vqvae
+
+    before = (codes / "codes.npz").read_bytes()
+    run = pixelcnn.train(pixelcnn.parse_args(["--dataset", str(codes), *PRIOR]))
+    assert command(vqvae, "--resume", codes, "--n_epochs", 2) == (0, [])
+    refused(pixelcnn, "--resume", run, "--n_epochs", 3, says=["changed"])
+    (codes / "codes.npz").write_bytes(before)
+    says = ["--dataset", f"python vqvae.py --resume {codes} --n_epochs 0"]
+    refused(pixelcnn, "--dataset", codes, *PRIOR, says=says)
+    (codes / "codes.npz").unlink()
+    refused(pixelcnn, "--dataset", codes, *PRIOR, says=says)
+    assert command(vqvae, "--resume", codes, "--n_epochs", 0) == (0, [])
+    refused(pixelcnn, "--dataset", codes, "--binarize", *PRIOR, says=["--binarize"])
+    refused(pixelcnn, "--dataset", run, *PRIOR, says=["pixelcnn"])
+
+
+def test_a_resumed_prior_is_exact(pixelcnn, codes):
+    whole = pixelcnn.train(pixelcnn.parse_args(["--dataset", str(codes), *PRIOR]))
+    part = pixelcnn.train(pixelcnn.parse_args(["--dataset", str(codes), *PRIOR, "--n_epochs", "1"]))
+    pixelcnn.train(pixelcnn.parse_args(["--resume", str(part), "--n_epochs", "2"]))
+    one, two = (pixelcnn.load(run).state_dict() for run in (whole, part))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_images_of_another_size(pixelcnn, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = make_folder(tmp_path / "f", mode="L")
+    options = ["--dataset", str(folder), "--channels", "1", "--img_size", "5", *PRIOR, "--n_epochs", "1"]
+    run = pixelcnn.train(pixelcnn.parse_args(options))
+    assert pixelcnn.load(run).sample(2).shape == (2, 1, 5, 5)
