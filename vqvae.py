@@ -58,10 +58,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--lr", type=number(float, 1e-9), default=1e-3, help="Adam's learning rate, above 0")
     add("--b1", type=number(float, below=1), default=0.9, help="Adam's decay of the gradient, in [0, 1)")
     add("--b2", type=number(float, below=1), default=0.999, help="Adam's decay of its square, in [0, 1)")
-    add("--codebook", choices=["ema", "loss"], default="ema", help="codes follow means, or the gradient of their loss")
+    add("--codebook", choices=["ema", "loss"], default="ema", help="codes follow means, or their loss")
     add("--decay", type=number(float, below=1), default=0.99, help="of the codes' means and counts, in [0, 1)")
     add("--commitment", type=number(float), default=0.25, help="weight of the third term, 0 or more")
-    add("--restart", **flag, default=True, help="set codes that are hardly used to outputs of the encoder")
+    add("--restart", **flag, default=True, help="set hardly used codes to encoder outputs")
     add("--n_embeddings", type=number(int, 1), default=512, help="size K of the codebook")
     add("--latent_dim", type=number(int, 1), default=64, help="size of a code's vector")
     add("--hidden_dim", type=number(int, 2), default=128, help="channels of the convolutions, 2 or more")
@@ -173,7 +173,7 @@ def train_step(model: VQVAE, optimizer: torch.optim.Optimizer, x: Tensor, varian
     codes = model.nearest(z)
     e = model.decoder.embed(codes)
     error = F.mse_loss(model.decoder(z + (e - z).detach()).float(), x) / variance
-    codes_loss = F.mse_loss(e, z.detach())  # constant with --codebook ema: then e has no gradient
+    codes_loss = F.mse_loss(e, z.detach())  # constant with --codebook ema
     commitment = F.mse_loss(z, e.detach())
     optimizer.zero_grad()
     (error + codes_loss + opt.commitment * commitment).backward()
@@ -315,14 +315,14 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> VQVAE:
 
 
 def generate(opt: Namespace) -> Path:
-    """Write opt.generate images of codes drawn by their frequencies; returns the folder."""
+    """Write opt.generate images of codes drawn by their frequencies, and say what draws better ones."""
     device, side = find_device(opt), opt.img_size // opt.downsample
     model, folder = load(opt.resume, device), new_folder(Path(opt.resume, "generated"))
     torch.manual_seed(opt.seed)
     for i in range(opt.generate):
         codes = model.draw(torch.rand(1, side, side, device=device))
         utils.save_image(model.decode(codes), folder / f"{i:06}.png")
-    print(f"{opt.generate} images in {folder}")
+    print(f"{opt.generate} images in {folder}; better ones: python pixelcnn.py --dataset {opt.resume}")
     return folder
 
 
