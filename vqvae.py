@@ -252,7 +252,7 @@ def train(opt: Namespace) -> Path:
             network.compile()
     optimizer = torch.optim.Adam(model.parameters(), opt.lr, (opt.b1, opt.b2), fused=True)
     grid_u = torch.rand(100, *[opt.img_size // opt.downsample] * 2).to(device)
-    shown = tests[0][:: -(-len(tests[0]) // 10)] / 255
+    shown = tests[0][torch.linspace(0, len(tests[0]) - 1, min(len(tests[0]), 10)).long()] / 255
 
     def pictures() -> None:
         save_grid(run, model_avg.decode(model_avg.draw(grid_u)), 10)

@@ -145,7 +145,8 @@ assert (state(), socket.getdefaulttimeout()) == before
 def test_the_script_alone_in_an_empty_folder(script, tmp_path):
     """Copied there without the rest, with no network and no data, it trains on the built-in digits, and says so."""
     shutil.copy(ROOT / f"{script.__name__}.py", tmp_path / "mine.py")
-    arch = ["--arch", "mlp"] if script.__name__ == "vae" else []  # vae.py's default takes longer
+    smaller = {"vae": ["--arch", "mlp"], "vqvae": ["--hidden_dim", "16", "--residual_dim", "8", "--n_embeddings", "64"]}
+    arch = smaller.get(script.__name__, [])  # their defaults take longer
     few = ["--n_epochs", "1", "--batch_size", "500", "--sample_interval", "10"]
     done = run_script(tmp_path / "mine.py", *few, *arch, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

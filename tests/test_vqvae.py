@@ -356,6 +356,7 @@ def test_samples_are_codes_by_their_frequencies(vqvae, small, capsys, monkeypatc
     assert len(drawn) == 3 and all(codes.shape == (100, 4, 4) for codes in drawn)
     capsys.readouterr()
     vqvae.generate(vqvae.parse_args(["--resume", str(run), "--generate", "3"]))
+    assert len(drawn) == 6 and not torch.equal(drawn[4], drawn[5])
     hint = capsys.readouterr().out.split("python ")[1].split()
     assert hint[0] == "pixelcnn.py" and importlib.import_module("pixelcnn").parse_args(hint[1:]).dataset == str(run)
     wanted = vqvae.load(run).decode(torch.full((1, 4, 4), 5))[0]
@@ -388,6 +389,7 @@ def test_the_variance_is_that_of_all_images(vqvae, tmp_path, monkeypatch):
     monkeypatch.setattr(vqvae, "train_step", lambda *args: seen.append(args[3]) or {})
     monkeypatch.setattr(vqvae, "test", lambda *args: {})
     options = ["--dataset", "digits", "--img_size", "8", "--hidden_dim", "4", "--n_epochs", "1", "--batch_size", "5000"]
+    options += ["--n_embeddings", "8", "--latent_dim", "4"]
     opt = vqvae.parse_args([*options, "--out_dir", str(tmp_path / "run")])
     vqvae.train(opt)
     torch.testing.assert_close(seen[0], (vqvae.load_data(opt)[0] / 255).var())
@@ -396,6 +398,18 @@ def test_the_variance_is_that_of_all_images(vqvae, tmp_path, monkeypatch):
 def test_one_image_is_not_enough(vqvae, small, refused, tmp_path):
     folder = make_folder(tmp_path / "f", classes=["only"], per_class=1)
     refused(vqvae, *small, "--dataset", folder, says=["--batch_size"])
+
+
+def test_the_reconstructions_are_of_all_classes(vqvae, tmp_path, monkeypatch):
+    """The digits come in order, 0 to 9 and again."""
+    shown, save_grid = [], vqvae.save_grid
+    monkeypatch.setattr(vqvae, "save_grid", lambda *args: (shown.append(args), save_grid(*args)))
+    options = ["--dataset", "digits", "--img_size", "8", "--hidden_dim", "4", "--n_epochs", "0"]
+    opt = vqvae.parse_args([*options, "--out_dir", str(tmp_path / "run")])
+    vqvae.train(opt)
+    images, labels = vqvae.load_data(opt, train=False)
+    classes = [labels[(images / 255 == x).flatten(1).all(1)][0].item() for x in shown[1][1][:10]]
+    assert len(set(classes)) > 5
 
 
 def test_pictures(vqvae, small):
