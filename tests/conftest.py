@@ -1,5 +1,6 @@
 """What the tests share: the scripts as modules, a small folder of images, and ways to run a script as users do."""
 
+import functools
 import importlib
 import os
 import subprocess
@@ -16,6 +17,14 @@ SCRIPTS = ["vae", "gan", "cgan", "vqvae"]
 
 # MNIST cannot be downloaded during the tests, on any machine: nothing listens there.
 os.environ |= dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def digits_once():
+    """Drawing the digits takes seconds, and they are always the same: in this process it is done once."""
+    draw = functools.cache(lambda train: importlib.import_module("cgan").draw_digits(train=train))
+    for name in SCRIPTS:
+        importlib.import_module(name).DATASETS["digits"] = lambda root, train, download: draw(train)
 
 
 @pytest.fixture(params=SCRIPTS)
