@@ -151,7 +151,7 @@ class MaskedConv(nn.Conv2d):
         self.register_buffer("mask", before.float(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.weight * self.mask, self.bias)
+        return F.conv2d(x, self.weight * self.mask, self.bias, padding=self.padding)
 
 
 class MaskedStack(nn.Module):
@@ -207,8 +207,13 @@ class GatedLayer(nn.Module):
         if self.label:
             bias_a, bias_b = self.label(labels)[:, :, None, None].chunk(2, 1)
             a, b = a + bias_a, b + bias_b
-        above, gated = (tanh.tanh() * sigmoid.sigmoid() for tanh, sigmoid in (a.chunk(2, 1), b.chunk(2, 1)))
-        return above, left + self.dropout(self.out(gated))
+        return gate(a), left + self.dropout(self.out(gate(b)))
+
+
+def gate(z: Tensor) -> Tensor:
+    """tanh of the first half of the channels times sigmoid of the second."""
+    a, b = (half.contiguous(memory_format=torch.channels_last) for half in z.chunk(2, 1))  # faster than as they lie
+    return a.tanh() * b.sigmoid()
 
 
 # --- block: decoder
