@@ -4,13 +4,12 @@ The probability of x is a product over its positions in raster order, each given
 
     log p(x) = sum_i log p(x_i | x_1, ..., x_{i-1})      in nats; bits per dimension: over log 2 and the positions
 
-A convolutional network that sees no later position gives all factors at once; it is trained to raise log p(x). Drawing
-takes one pass a position. Each value has a vector of its own as input, and there is a softmax over them as output.
+A convolutional network that sees no later position gives all factors at once; drawing takes one pass a position.
 
---arch pixelcnn: van den Oord et al. 2016, arXiv:1601.06759 (figure 5); its masked filters have a blind spot, above to
-the right. --arch gated: van den Oord et al. 2016, arXiv:1606.05328; filters for the rows above and for the row itself
-leave none. --conditional: its equation 4. Codes: van den Oord et al. 2017, arXiv:1711.00937. What is tested, drawn and
-kept is the model with averaged weights (Polyak & Juditsky 1992); --ema 0: with the last ones.
+--arch pixelcnn: van den Oord et al. 2016, arXiv:1601.06759; its masked filters have a blind spot, above to the right.
+--arch gated: van den Oord et al. 2016, arXiv:1606.05328; filters for the rows above and for the row itself leave none.
+--conditional: its equation 4. Beyond the papers, each position has a learnt bias of its own. Codes: van den Oord et al.
+2017, arXiv:1711.00937. What is tested, drawn and kept is the model with averaged weights (Polyak & Juditsky 1992).
 
     python pixelcnn.py --binarize --n_epochs 5     # MNIST in black and white; without a network: built-in digits
     python pixelcnn.py --dataset runs/vqvae        # the codes of a run of vqvae.py: its prior
@@ -65,7 +64,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--conditional", **flag, help="draw given the label")
     add("--hidden_dim", type=number(int, 2), default=32, help="channels of a layer, 2 or more")
     add("--n_layers", type=number(int), default=8, help="layers between the first and the last ones")
-    add("--dropout", type=number(float, below=1), help="share of channels to drop, in [0, 1); None: 0, of codes 0.1")
+    add("--dropout", type=number(float, below=1), default=0.0, help="share of channels to drop, in [0, 1)")
     add("--ema", type=number(float, below=1), default=0.999, help="decay of the model's average, in [0, 1); 0: off")
     add("--img_size", type=number(int, 1), default=28, help="side of the images; of codes: theirs")
     add("--channels", type=int, choices=[1, 3], help="1: turn colour into grey; None: as in the data")
@@ -96,25 +95,23 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 class PixelCNN(nn.Module):
-    """p(x) of whole numbers x (N, 1, size, size) below n_values; n_classes > 0: given labels (N,)."""
+    """p(x) of whole numbers x (N, 1, size, size) below n_values; labels (N,) matter if n_classes > 0."""
 
-    def __init__(
-        self, arch: str, n_values: int, size: int, dim: int, n_layers: int, dropout: float = 0.0, n_classes: int = 0
-    ):
+    def __init__(self, arch: str, n_values: int, size: int, dim: int, n_layers: int, dropout: float, n_classes: int):
         super().__init__()
-        self.size, self.decoder = size, None  # of codes: what makes images of them
-        self.embed = nn.Embedding(n_values, dim if n_values > 2 else 1)
+        self.size, self.n_values, self.decoder = size, n_values, None  # that of codes comes later
+        self.embed = nn.Embedding(n_values, min(n_values, dim))
         stack = {"pixelcnn": MaskedStack, "gated": GatedStack}[arch]
-        self.stack = stack(self.embed.embedding_dim, dim, n_layers, dropout, n_classes)
+        self.stack = stack(self.embed.embedding_dim, size, dim, n_layers, dropout, n_classes)
         self.out = nn.Sequential(nn.ReLU(), nn.Conv2d(dim, 2 * dim, 1), nn.ReLU(), nn.Conv2d(2 * dim, n_values, 1))
 
-    def features(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """(N, dim, H, W), at each position of those before it; x (N, 1, H, W) may be the first H rows only."""
-        return self.stack(self.embed(x[:, 0].long()).movedim(-1, 1), labels)
+    def vectors(self, x: Tensor) -> Tensor:
+        """Values (N, 1, H, W) -> a vector of each (N, ., H, W)."""
+        return self.embed(x[:, 0].long()).movedim(-1, 1)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits of the values of each position (N, n_values, H, W), given the positions before it."""
-        return self.out(self.features(x, labels))
+        return self.out(self.stack(self.vectors(x), labels))
 
     def log_prob(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """log p(x) of each, in nats (N,)."""
@@ -123,8 +120,7 @@ class PixelCNN(nn.Module):
     @torch.no_grad()
     def images(self, x: Tensor) -> Tensor:
         """Values (N, 1, H, W) as images in [0, 1]; codes decoded."""
-        top = self.embed.num_embeddings - 1
-        return self.decoder(self.decoder.embed(x[:, 0])).clamp(0, 1) if self.decoder else x / top
+        return self.decoder(self.decoder.embed(x[:, 0])).clamp(0, 1) if self.decoder else x / (self.n_values - 1)
 
     @torch.no_grad()
     def sample(
@@ -133,10 +129,10 @@ class PixelCNN(nn.Module):
         """n new x (n, 1, size, size), position by position. given x (n, 1, size, size): its first `rows` rows stay."""
         x = self.embed.weight.new_zeros(n, 1, self.size, self.size).long() if given is None else given.long().clone()
         for i in range(rows, self.size):
+            last_row = self.stack.last_row(self.vectors(x[:, :, : i + 1]), labels)  # later rows do not matter
             for j in range(self.size):
-                features = self.features(x[:, :, : i + 1], labels)[:, :, i:, j : j + 1]  # later rows do not matter
-                probabilities = (self.out(features).float() / temperature).softmax(1)
-                x[:, 0, i, j] = torch.multinomial(probabilities[:, :, 0, 0], 1)[:, 0]
+                logits = self.out(last_row(self.vectors(x[:, :, i : i + 1]))[..., j : j + 1])[:, :, 0, 0] / temperature
+                x[:, 0, i, j] = torch.distributions.Categorical(logits=logits.nan_to_num()).sample()  # save() finds nan
             if sys.stdout.isatty():
                 print(f"drawing {n}: row {i + 1} of {self.size}", end="\r", flush=True)
         return x
@@ -147,8 +143,7 @@ class MaskedConv(nn.Conv2d):
 
     def __init__(self, n_in: int, n_out: int, side: int, own: bool):
         super().__init__(n_in, n_out, side, padding=side // 2)
-        before = torch.arange(side**2).view(side, side) < side**2 // 2 + own
-        self.register_buffer("mask", before.float(), persistent=False)
+        self.register_buffer("mask", (torch.arange(side**2) < side**2 // 2 + own).float().view(side, side))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight * self.mask, self.bias, padding=self.padding)
@@ -157,8 +152,9 @@ class MaskedConv(nn.Conv2d):
 class MaskedStack(nn.Module):
     """(N, n_in, H, W) -> (N, dim, H, W): figure 5 of arXiv:1601.06759, with the label as a bias of each block."""
 
-    def __init__(self, n_in: int, dim: int, n_layers: int, dropout: float, n_classes: int):
+    def __init__(self, n_in: int, size: int, dim: int, n_layers: int, dropout: float, n_classes: int):
         super().__init__()
+        self.place = nn.Parameter(torch.zeros(1, dim, size, size))
         self.first, self.dropout, half = MaskedConv(n_in, dim, 7, own=False), nn.Dropout2d(dropout), dim // 2
         self.blocks, self.labels = nn.ModuleList(), nn.ModuleList()
         for _ in range(n_layers):
@@ -166,53 +162,55 @@ class MaskedStack(nn.Module):
             self.blocks.append(nn.Sequential(nn.ReLU(), down, nn.ReLU(), masked, nn.ReLU(), up))
             self.labels.append(nn.Embedding(n_classes, dim) if n_classes else None)
 
-    def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        h = self.first(x)
+    def forward(self, e: Tensor, labels: Tensor | None) -> Tensor:
+        h = self.first(e) + self.place[:, :, : e.shape[2]]
         for block, label in zip(self.blocks, self.labels):
-            bias = label(labels)[:, :, None, None] if label else 0
-            h = h + self.dropout(block(h + bias))
+            h = h + self.dropout(block(h + label(labels)[:, :, None, None] if label else h))
         return h
+
+    def last_row(self, e: Tensor, labels: Tensor | None) -> Callable:
+        """What the last row of e is mapped to, as a function of it: of e[:, :, -1:], when the rows above stay."""
+        return lambda row: self(torch.cat([e[:, :, :-1], row], 2), labels)[:, :, -1:]
 
 
 class GatedStack(nn.Module):
     """(N, n_in, H, W) -> (N, dim, H, W): figure 2 of arXiv:1606.05328; above: its vertical stack, left: horizontal."""
 
-    def __init__(self, n_in: int, dim: int, n_layers: int, dropout: float, n_classes: int):
+    def __init__(self, n_in: int, size: int, dim: int, n_layers: int, dropout: float, n_classes: int):
         super().__init__()
-        self.first_above, self.first_left = nn.Conv2d(n_in, dim, (4, 7)), nn.Conv2d(n_in, dim, (1, 3))
-        self.layers = nn.ModuleList(GatedLayer(dim, dropout, n_classes) for _ in range(n_layers))
+        self.place = nn.Parameter(torch.zeros(1, dim, size, size))
+        self.first_above, self.first_left = nn.Conv2d(n_in, dim, (3, 7)), nn.Conv2d(n_in, dim, (1, 3))
+        self.convs, self.labels, self.dropout = nn.ModuleList(), nn.ModuleList(), nn.Dropout2d(dropout)
+        for _ in range(n_layers):
+            above, left = nn.Conv2d(dim, 2 * dim, (2, 3)), nn.Conv2d(dim, 2 * dim, (1, 2))
+            self.convs.append(nn.ModuleList([above, nn.Conv2d(2 * dim, 2 * dim, 1), left, nn.Conv2d(dim, dim, 1)]))
+            self.labels.append(nn.Embedding(n_classes, 2 * dim) if n_classes else None)
 
-    def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        above = self.first_above(F.pad(x, (3, 3, 3, 0)))  # of the rows up to one's own
-        left = self.first_left(F.pad(x, (3, 0)))[..., :-1]  # of the positions before one's own
-        for layer in self.layers:
-            above, left = layer(above, left, labels)
-        return left
+    def above(self, e: Tensor, labels: Tensor | None) -> list[Tensor]:
+        """What each layer hands to the horizontal stack: at each position of the rows above it, of labels and place."""
+        h, handed = self.first_above(F.pad(e, (3, 3, 3, -1))) + self.place[:, :, : e.shape[2]], []
+        for (above, to_left, _, _), label in zip(self.convs, self.labels):
+            h = above(F.pad(h, (1, 1, 1, 0)))
+            h = h + label(labels)[:, :, None, None] if label else h  # and so in both gates
+            handed.append(to_left(h))
+            h = gate(h)
+        return handed
+
+    def forward(self, e: Tensor, labels: Tensor | None, above: list[Tensor] | None = None) -> Tensor:
+        h = self.first_left(F.pad(e, (3, -1)))
+        for (_, _, left, out), handed in zip(self.convs, above or self.above(e, labels)):
+            h = h + self.dropout(out(gate(left(F.pad(h, (1, 0))) + handed)))
+        return h
+
+    def last_row(self, e: Tensor, labels: Tensor | None) -> Callable:
+        """As in MaskedStack, but what is above is computed once for the row."""
+        above = [handed[:, :, -1:] for handed in self.above(e, labels)]
+        return lambda row: self(row, labels, above)
 
 
-class GatedLayer(nn.Module):
-    """`above` sees the rows up to its own, `left` the positions before its own; each goes through a tanh and a gate."""
-
-    def __init__(self, dim: int, dropout: float, n_classes: int):
-        super().__init__()
-        self.above, self.left = nn.Conv2d(dim, 2 * dim, (2, 3)), nn.Conv2d(dim, 2 * dim, (1, 2))
-        self.above_to_left, self.out = nn.Conv2d(2 * dim, 2 * dim, 1), nn.Conv2d(dim, dim, 1)
-        self.label = nn.Embedding(n_classes, 4 * dim) if n_classes else None
-        self.dropout = nn.Dropout2d(dropout)
-
-    def forward(self, above: Tensor, left: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        a = self.above(F.pad(above, (1, 1, 1, 0)))
-        shifted = F.pad(a, (0, 0, 1, 0))[:, :, :-1]  # a row may only see those above it
-        b = self.left(F.pad(left, (1, 0))) + self.above_to_left(shifted)
-        if self.label:
-            bias_a, bias_b = self.label(labels)[:, :, None, None].chunk(2, 1)
-            a, b = a + bias_a, b + bias_b
-        return gate(a), left + self.dropout(self.out(gate(b)))
-
-
-def gate(z: Tensor) -> Tensor:
+def gate(h: Tensor) -> Tensor:
     """tanh of the first half of the channels times sigmoid of the second."""
-    a, b = (half.contiguous(memory_format=torch.channels_last) for half in z.chunk(2, 1))  # faster than as they lie
+    a, b = (half.contiguous(memory_format=torch.channels_last) for half in h.chunk(2, 1))  # faster than as they lie
     return a.tanh() * b.sigmoid()
 
 
@@ -221,8 +219,7 @@ class Residual(nn.Sequential):
     """x + f(x) for x (N, dim, h, w)."""
 
     def __init__(self, dim: int, residual_dim: int):
-        a, b = nn.Conv2d(dim, residual_dim, 3, 1, 1), nn.Conv2d(residual_dim, dim, 1)
-        super().__init__(nn.ReLU(), a, nn.ReLU(), b)
+        super().__init__(nn.ReLU(), nn.Conv2d(dim, residual_dim, 3, 1, 1), nn.ReLU(), nn.Conv2d(residual_dim, dim, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)
@@ -250,7 +247,7 @@ class Decoder(nn.Module):
 # ---------------- training
 
 
-def train_step(model: PixelCNN, optimizer: torch.optim.Optimizer, x: Tensor, labels: Tensor | None) -> dict:
+def train_step(model: PixelCNN, optimizer: torch.optim.Optimizer, x: Tensor, labels: Tensor) -> dict:
     """Raise log p(x) of a batch; returns what it was, as a loss, in nats per image."""
     nats = -model.log_prob(x, labels).mean()
     optimizer.zero_grad()
@@ -268,10 +265,9 @@ def average(model_avg: nn.Module, model: nn.Module, decay: float, step: int) -> 
 
 
 @torch.no_grad()
-def test(model: PixelCNN, x: Tensor, labels: Tensor | None) -> dict[str, float]:
+def test(model: PixelCNN, x: Tensor, labels: Tensor) -> dict[str, float]:
     """-log p(x) of test images: nats per image, bits per dimension (of an image that is one of codes: per code)."""
-    parts = zip(x.split(500), labels.split(500) if labels is not None else [None] * len(x))
-    nats = -sum(float(model.log_prob(part, y).sum()) for part, y in parts) / len(x)
+    nats = -sum(float(model.log_prob(*part).sum()) for part in zip(x.split(100), labels.split(100))) / len(x)
     return dict(test_nats=nats, test_bits_per_dim=nats / math.log(2) / x[0].numel())
 
 
@@ -279,18 +275,16 @@ def train(opt: Namespace) -> Path:
     """Train and return the run's folder. Raises OSError for bad data or files, FloatingPointError for a bad loss."""
     device = find_device(opt)
     codes = opt.dataset and Path(opt.dataset, "checkpoint.pt").exists()
-    data, tests, decoder_weights = load_codes(opt) if codes else load_images(opt)
-    opt.dropout = (0.1 if codes else 0.0) if opt.dropout is None else opt.dropout
-    torch.manual_seed(0)  # with --binarize test images are drawn once
-    test_x, test_labels = as_values(tests[0].to(device), opt), tests[1].to(device) if opt.conditional else None
+    data, tests, decoder = load_codes(opt) if codes else load_images(opt)
+    torch.manual_seed(0)  # black and white test images are drawn once
+    tests = ((tests[0] / 255).bernoulli() if opt.binarize else tests[0]).to(device), tests[1].to(device)
     data = TensorDataset(*(part.to(device) for part in data))
     sampler = BatchSampler(RandomSampler(data), opt.batch_size, drop_last=True)
     loader = DataLoader(data, sampler=sampler, batch_size=None)  # a batch is data[[3, 1, ...]]: one look-up, not 64
 
     torch.manual_seed(opt.seed)
     model = new_model(opt)
-    if codes:
-        model.decoder.load_state_dict(decoder_weights)  # to draw without the run of vqvae.py
+    model.load_state_dict(decoder, strict=False)  # of codes: to draw without the run of vqvae.py
     model.to(device, memory_format=torch.channels_last)  # faster for convolutions
     model_avg = copy.deepcopy(model).eval().requires_grad_(False)
     if opt.amp:
@@ -299,7 +293,7 @@ def train(opt: Namespace) -> Path:
         model.compile()
     optimizer = torch.optim.Adam(model.parameters(), opt.lr, (opt.b1, opt.b2), fused=True)
     columns = min(opt.n_classes, 10) if opt.conditional else 10
-    grid_labels = torch.arange(columns, device=device).repeat(3) if opt.conditional else None
+    grid_labels = torch.arange(3 * columns, device=device) % columns
 
     def picture() -> None:
         seed(opt.seed, "grid")  # the same noise each time
@@ -316,59 +310,53 @@ def train(opt: Namespace) -> Path:
                     picture()
                 seed(opt.seed, "batch", i, RANK)  # of dropout and binary pixels, so that a resumed run has the same
                 real, labels = (part[RANK::WORLD].to(device) for part in (real, labels))
-                losses = train_step(model, optimizer, as_values(real, opt), labels if opt.conditional else None)
+                x = (real / 255).bernoulli() if opt.binarize else real
+                losses = train_step(model, optimizer, x, labels)
                 average(model_avg, model, opt.ema, i)
                 after_batch(run, opt, **losses)
-            after_epoch(run, opt, **test(model_avg, test_x, test_labels))
+            after_epoch(run, opt, **test(model_avg, *tests))
         picture()
     finally:  # after Ctrl-C, too
         finish(run, sample="training.gif")
     if RANK == 0:  # each row: a test image, then what its upper half was completed to
-        x = test_x[:: -(-len(test_x) // 6)].repeat_interleave(8, 0)
-        y = test_labels[:: -(-len(test_x) // 6)].repeat_interleave(8) if opt.conditional else None
-        seed(opt.seed, "completion")
+        x, y = (part[torch.linspace(0, len(part) - 1, 6).long()].repeat_interleave(8, 0) for part in tests)
         drawn = model_avg.sample(len(x), y, x, model.size // 2)
         drawn[::8] = x[::8]
         utils.save_image(model_avg.images(drawn), run.folder / "completion.png", nrow=8)
     return run.folder
 
 
-def load_images(opt: Namespace) -> tuple[tuple, tuple, None]:
+def load_images(opt: Namespace) -> tuple[tuple, tuple, dict]:
     """Images (N, 1, H, W), uint8, and labels (N,), to train and to test with; no decoder."""
     data = load_data(opt)
     if opt.channels == 3:
         raise OSError(f"{opt.dataset} has colour: --channels 1, or train vqvae.py on it, and then this on its run")
     opt.codes, opt.decoder, opt.n_values = None, None, 2 if opt.binarize else 256
     if opt.dataset in DATASETS:
-        return data, load_data(opt, train=False), None
+        return data, load_data(opt, train=False), {}
     kept = [i for i in range(len(data[0])) if i % 10] or [0]  # every tenth image is held out
-    return tuple(part[kept] for part in data), tuple(part[::10] for part in data), None
+    return tuple(part[kept] for part in data), tuple(part[::10] for part in data), {}
 
 
 def load_codes(opt: Namespace) -> tuple[tuple, tuple, dict]:
     """Codes (N, 1, h, w) of the run of vqvae.py opt.dataset, and labels, to train and to test with; decoder weights."""
-    run = Path(opt.dataset)
     try:
-        state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
-        arrays, o, done = dict(np.load(run / "codes.npz")), Namespace(**state["options"]), state["position"][0]
+        state = torch.load(Path(opt.dataset, "checkpoint.pt"), map_location="cpu", weights_only=True)
+        arrays, o, done = np.load(Path(opt.dataset, "codes.npz")), Namespace(**state["options"]), state["position"][0]
         if state["script"] != "vqvae" or arrays["batches_done"] != done:
             raise ValueError(f"{state['script']}.py has done {done} batches, codes.npz is of {arrays['batches_done']}")
         names = ("codes", "labels", "test_codes", "test_labels")
-        codes, labels, tests, test_labels = (torch.from_numpy(arrays[name].astype(np.int64)) for name in names)
+        x, labels, test_x, test_labels = (torch.from_numpy(arrays[name].astype(np.int64)) for name in names)
     except Exception as e:  # torch and numpy raise many kinds
-        raise OSError(f"--dataset {run}: {e}; its codes: python vqvae.py --resume {run} --n_epochs 0") from e
+        text = f"--dataset {opt.dataset}: {e!r}; its codes: python vqvae.py --resume {opt.dataset} --n_epochs 0"
+        raise OSError(text) from e
     if vars(opt).get("codes", done) != done or opt.binarize:
-        raise OSError(f"--dataset {run}: its codes have changed, or --binarize was given: start a new run without")
+        raise OSError(f"--dataset {opt.dataset}: its codes have changed, or --binarize was given: start a new run")
     dims = [o.channels, *[o.hidden_dim // 2] * (o.downsample.bit_length() - 2), o.hidden_dim]
     opt.codes, opt.decoder, opt.n_values = done, [o.n_embeddings, o.latent_dim, dims, o.residual_dim], o.n_embeddings
-    opt.channels, opt.img_size, opt.classes, opt.n_classes = o.channels, codes.shape[2], o.classes, o.n_classes
-    weights = {k[8:]: v for k, v in state["model_avg"].items() if k.startswith("decoder.")}
-    return (codes[:, None], labels), (tests[:, None], test_labels), weights
-
-
-def as_values(x: Tensor, opt: Namespace) -> Tensor:
-    """What the model is of: codes and grey levels as they are; of grey images, with --binarize, pixels of 0 or 1."""
-    return (x / 255).bernoulli().long() if opt.binarize else x.long()
+    opt.channels, opt.img_size, opt.classes, opt.n_classes = o.channels, x.shape[2], o.classes, o.n_classes
+    decoder = {name: weight for name, weight in state["model_avg"].items() if name.startswith("decoder.")}
+    return (x[:, None], labels), (test_x[:, None], test_labels), decoder
 
 
 # ---------------- load and generate
@@ -395,18 +383,17 @@ def generate(opt: Namespace) -> Path:
     """Write opt.generate images; given labels, as many of each class, in sub-folders. Returns the folder."""
     device = find_device(opt)
     model, folder = load(opt.resume, device), new_folder(Path(opt.resume, "generated"))
-    classes, drawn = sorted(set(opt.labels or range(opt.n_classes))), []
+    classes = sorted(set(opt.labels or range(opt.n_classes)))
     torch.manual_seed(opt.seed)
     labels = torch.tensor([classes[i % len(classes)] for i in range(opt.generate)], device=device)
-    for part in labels.split(100):
-        drawn += [model.sample(len(part), part if opt.conditional else None, temperature=opt.temperature)]
-    for i, x in enumerate(torch.cat(drawn)):
+    drawn = torch.cat([model.sample(len(y), y, temperature=opt.temperature) for y in labels.split(100)])
+    for i, x in enumerate(drawn):
         file = folder / (opt.classes[labels[i]] if opt.conditional else "") / f"{i:06}.png"
         file.parent.mkdir(exist_ok=True)
         utils.save_image(model.images(x[None]), file)
     if model.decoder:  # for vqvae.py --decode
         named = dict(labels=labels.cpu().numpy(), classes=np.array(opt.classes)) if opt.conditional else {}
-        np.savez_compressed(folder / "codes.npz", codes=torch.cat(drawn)[:, 0].cpu().numpy(), **named)
+        np.savez_compressed(folder / "codes.npz", codes=drawn[:, 0].cpu().numpy(), **named)
     print(f"{opt.generate} images in {folder}")
     return folder
 

@@ -138,8 +138,7 @@ class Residual(nn.Sequential):
     """x + f(x) for x (N, dim, h, w)."""
 
     def __init__(self, dim: int, residual_dim: int):
-        a, b = nn.Conv2d(dim, residual_dim, 3, 1, 1), nn.Conv2d(residual_dim, dim, 1)
-        super().__init__(nn.ReLU(), a, nn.ReLU(), b)
+        super().__init__(nn.ReLU(), nn.Conv2d(dim, residual_dim, 3, 1, 1), nn.ReLU(), nn.Conv2d(residual_dim, dim, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)
