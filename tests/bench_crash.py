@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("script", choices=["vae", "gan", "cgan", "vqvae"])
+    p.add_argument("script", choices=["vae", "gan", "cgan", "vqvae", "pixelcnn"])
     p.add_argument("--kills", type=int, default=20)
     p.add_argument("--n_epochs", type=int, default=30)
     p.add_argument("--options", default="", help="more options of the script")

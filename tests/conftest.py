@@ -13,7 +13,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-SCRIPTS = ["vae", "gan", "cgan", "vqvae"]
+SCRIPTS = ["vae", "gan", "cgan", "vqvae", "pixelcnn"]
 
 # MNIST cannot be downloaded during the tests, on any machine: nothing listens there.
 os.environ |= dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
@@ -56,8 +56,10 @@ def images(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("data") / "images")
 
 
-SMALL = ["--batch_size", "8", "--img_size", "16", "--latent_dim", "4", "--sample_interval", "4"]
-SMALLER = {"vae": ["--arch", "mlp"], "vqvae": ["--hidden_dim", "8", "--residual_dim", "4", "--n_embeddings", "16"]}
+SMALL = ["--batch_size", "8", "--img_size", "16", "--sample_interval", "4"]
+SMALLER = {name: ["--latent_dim", "4"] for name in ("vae", "gan", "cgan", "vqvae")}
+SMALLER["vae"] += ["--arch", "mlp"]
+SMALLER["vqvae"] += ["--hidden_dim", "8", "--residual_dim", "4", "--n_embeddings", "16"]
 SMALLER["pixelcnn"] = ["--hidden_dim", "8", "--n_layers", "1", "--channels", "1", "--img_size", "8"]
 
 
@@ -65,10 +67,7 @@ SMALLER["pixelcnn"] = ["--hidden_dim", "8", "--n_layers", "1", "--channels", "1"
 def small(script_name, images, tmp_path, monkeypatch):
     """Options of a short training, 6 batches an epoch (some scripts hold out every tenth image), in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    smaller = SMALLER.get(script_name, [])
-    if script_name == "pixelcnn":  # which has no latent_dim
-        return ["--dataset", str(images), "--batch_size", "8", "--sample_interval", "4", *smaller]
-    return ["--dataset", str(images), *SMALL, *smaller]
+    return ["--dataset", str(images), *SMALL, *SMALLER.get(script_name, [])]
 
 
 @pytest.fixture

@@ -226,7 +226,8 @@ def test_labels_outside_the_classes(cgan, small, refused):
 
 def test_it_learns_the_digits(cgan, tmp_path):
     """After two epochs on the built-in digits the classes differ, and so do the samples of one."""
-    run = cgan.train(cgan.parse_args(["--dataset", "digits", "--n_epochs", "2", "--out_dir", str(tmp_path / "run")]))
+    options = ["--dataset", "digits", "--n_epochs", "2", "--img_size", "16", "--out_dir", str(tmp_path / "run")]
+    run = cgan.train(cgan.parse_args(options))
     G = cgan.load(run)
     labels = torch.arange(10).repeat_interleave(20)
     images = (G(torch.randn(200, 100, generator=torch.Generator().manual_seed(1)), labels) + 1) / 2

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, SCRIPTS, SMALL, make_folder, run_script
+from conftest import ROOT, SCRIPTS, SMALL, make_folder
 from PIL import Image
 
 # ---------------------------------------------------------------- the copies
@@ -28,7 +28,7 @@ BLOCK = re.compile(r"^# --- block: (\w+)\n(.*?)(?=^# ---|^def main)", re.MULTILI
 
 def test_the_blocks_are_the_same_in_every_script():
     plumbing, same = {"processes", "options", "data", "run"}, {}
-    for script in [*SCRIPTS, "pixelcnn"]:
+    for script in SCRIPTS:
         blocks = dict(BLOCK.findall((ROOT / f"{script}.py").read_text()))
         assert plumbing <= set(blocks) <= plumbing | {"decoder"}
         for name, block in blocks.items():
@@ -57,13 +57,16 @@ VAE = dict(lr=1e-3, b1=0.9, b2=0.999, latent_dim=128, arch="vanilla", hidden_dim
 VAE |= dict(likelihood="gaussian", sigma="auto", beta=1.0, conditional=False, binarize=False, iw_samples=0)
 VQVAE = dict(lr=1e-3, b1=0.9, b2=0.999, ema=0.999, batch_size=128, codebook="ema", decay=0.99, commitment=0.25)
 VQVAE |= dict(restart=True, hidden_dim=128, residual_dim=32, n_embeddings=512, latent_dim=64, downsample=4)
+PIXELCNN = dict(lr=2e-3, b1=0.9, b2=0.999, ema=0.999, batch_size=16, arch="gated", likelihood="softmax", dropout=0.0)
+PIXELCNN |= dict(binarize=False, conditional=False, hidden_dim=32, n_layers=8, sample_interval=4000)
 DEFAULTS = {
     "vae": COMMON | VAE | dict(img_size=32, out_dir="runs/vae", labels=None, reconstruct=None),
     "gan": COMMON | GAN | dict(img_size=28, out_dir="runs/gan", noise=0.2),
     "cgan": COMMON | GAN | dict(img_size=32, out_dir="runs/cgan", labels=None, conditioning="projection", noise=0.1),
     "vqvae": COMMON | VQVAE | dict(img_size=32, out_dir="runs/vqvae", encode=None, decode=None),
+    "pixelcnn": COMMON | PIXELCNN | dict(img_size=28, out_dir="runs/pixelcnn", labels=None, temperature=1.0),
 }
-FOUND_LATER = (("gan", "img_size"), ("cgan", "noise"), ("vae", "hidden_dims"))  # by --arch
+FOUND_LATER = (("gan", "img_size"), ("cgan", "noise"), ("vae", "hidden_dims"), ("pixelcnn", "likelihood"))  # by others
 
 
 def test_options_and_defaults(script):
@@ -104,10 +107,12 @@ def test_what_is_drawn_is_of_the_average(script, small, monkeypatch):
     def zero(average, model, decay, step):
         for p in average.parameters():
             p.zero_()
+        if script.__name__ == "pixelcnn":
+            p[127] = 100  # the last bias: of this value's logit
 
     def picture():
         run = script.train(script.parse_args([*small, "--n_epochs", "2", "--lr", "0.01"]))
-        return {*Image.open(run / "images/sample_000012.png").convert("L").crop((2, 2, 18, 18)).tobytes()}
+        return {*Image.open(run / "images/sample_000012.png").convert("L").crop((2, 2, 10, 10)).tobytes()}
 
     assert len(picture()) > 5
     monkeypatch.setattr(script, "average", zero)
@@ -142,45 +147,63 @@ assert (state(), socket.getdefaulttimeout()) == before
     assert not list(tmp_path.iterdir())
 
 
-def test_the_script_alone_in_an_empty_folder(script, tmp_path):
-    """Copied there without the rest, with no network and no data, it trains on the built-in digits, and says so."""
-    shutil.copy(ROOT / f"{script.__name__}.py", tmp_path / "mine.py")
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Each script copied into an empty folder and started there, all at once: folders, exit statuses, outputs."""
     smaller = {"vae": ["--arch", "mlp"], "vqvae": ["--hidden_dim", "16", "--residual_dim", "8", "--n_embeddings", "64"]}
-    arch = smaller.get(script.__name__, [])  # their defaults take longer
-    few = ["--n_epochs", "1", "--batch_size", "500", "--sample_interval", "10"]
-    done = run_script(tmp_path / "mine.py", *few, *arch, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("warning: mnist")
-    assert "--dataset digits" in done.stderr and "refused" in done.stderr  # what, and why
-    assert "\r" not in done.stdout and "digits" in done.stdout
-    run = tmp_path / "runs" / script.__name__
+    smaller["pixelcnn"] = ["--binarize", "--hidden_dim", "8", "--n_layers", "1"]  # their defaults take longer
+    children = {}
+    for name in SCRIPTS:
+        folder = tmp_path_factory.mktemp(name)
+        shutil.copy(ROOT / f"{name}.py", folder / "mine.py")
+        few = ["--n_epochs", "1", "--batch_size", "500", "--sample_interval", "10", *smaller.get(name, [])]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+        children[name] = (
+            folder,
+            subprocess.Popen([sys.executable, "mine.py", *few], cwd=folder, env=one_thread, **pipes),
+        )
+    outputs = {name: child.communicate() for name, (_, child) in children.items()}
+    return {name: (folder, child.returncode, *outputs[name]) for name, (folder, child) in children.items()}
+
+
+def test_the_script_alone_in_an_empty_folder(script, alone):
+    """Without the rest, with no network and no data, it trains on the built-in digits, and says so."""
+    folder, status, out, err = alone[script.__name__]
+    assert status == 0, err
+    assert err.count("\n") == 1 and err.startswith("warning: mnist")
+    assert "--dataset digits" in err and "refused" in err  # what, and why
+    assert "\r" not in out and "digits" in out
+    run = folder / "runs" / script.__name__
     assert {f"images/sample_{n:06}.png" for n in (0, 10, 20)} | {"training.gif", "log.csv", "checkpoint.pt"} <= {
         str(f.relative_to(run)) for f in run.rglob("*")
     }
     assert Image.open(run / "training.gif").n_frames == 3
-    assert not [f for f in tmp_path.glob("data/**/*") if f.is_file()]
+    assert not [f for f in folder.glob("data/**/*") if f.is_file()]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_stopped_at_any_moment_after_it_began(cgan, images, tmp_path, number):
+def test_stopped_at_any_moment_after_it_began(cgan, images, tmp_path):
     """Once "writing to" is printed there is a run to resume; Ctrl-C says how, and makes the GIF of what there is."""
-    command = [sys.executable, cgan.__file__, "--dataset", str(images), *SMALL, "--n_epochs", "100000"]
-    child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    first = child.stdout.readline()
-    assert "writing to runs/cgan" in first
-    if number == signal.SIGINT:
-        child.stdout.readline()  # a report: it is training
-    child.send_signal(number)
+
+    def start(*arguments):
+        command = [sys.executable, cgan.__file__, *arguments, "--n_epochs", "100000"]
+        child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert "writing to runs/cgan" in child.stdout.readline()
+        return child
+
+    child = start("--dataset", str(images), *SMALL)
+    child.kill()
+    assert child.communicate()[1] == "" and child.returncode == -signal.SIGKILL
+    child = start("--resume", "runs/cgan")
+    child.stdout.readline()  # a report: it is training
+    child.send_signal(signal.SIGINT)
     out, err = child.communicate()
-    assert child.returncode == (130 if number == signal.SIGINT else -number) and err == ""
-    if number == signal.SIGINT:
-        assert out.splitlines()[-1].endswith("python cgan.py --resume runs/cgan")
-        assert Image.open(tmp_path / "runs/cgan/training.gif").n_frames >= 1
-        return
+    assert child.returncode == 130 and err == ""
+    assert out.splitlines()[-1].endswith("python cgan.py --resume runs/cgan")
+    assert Image.open(tmp_path / "runs/cgan/training.gif").n_frames >= 1
     done = torch.load(tmp_path / "runs/cgan/checkpoint.pt", weights_only=True)["position"][0]
-    again = run_script(Path(cgan.__file__), "--resume", "runs/cgan", "--n_epochs", done // 6 + 1, cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
+    cgan.train(cgan.parse_args(["--resume", str(tmp_path / "runs/cgan"), "--n_epochs", str(done // 6 + 1)]))
 
 
 # ---------------------------------------------------------------- what a run leaves
@@ -279,7 +302,7 @@ def test_load_leaves_nothing_to_set_up(script, small):
     run = script.train(script.parse_args([*small, "--n_epochs", "1"]))
     for path in (run, str(run)):
         model = script.load(path)
-        assert not model.training and model.options["img_size"] == 16
+        assert not model.training and model.options["img_size"] == script.parse_args(small).img_size
         assert not any(p.requires_grad for p in model.parameters())
 
 
@@ -322,16 +345,17 @@ def test_a_grid_is_written_in_one_piece(cgan, small, monkeypatch):
     assert Image.open("runs/cgan/training.gif").n_frames == 1
 
 
-def test_the_animation_has_at_most_100_frames(cgan, images, tmp_path):
-    options = ["--dataset", str(images), *SMALL, "--n_epochs", "17", "--sample_interval", "1"]
-    run = cgan.train(cgan.parse_args([*options, "--out_dir", str(tmp_path / "run")]))
-    grids = sorted((run / "images").glob("sample*"))
-    assert len(grids) == 103
-    animation = Image.open(run / "training.gif")
-    assert 50 <= animation.n_frames <= 100
-    animation.seek(animation.n_frames - 1)
-    last = Image.open(grids[-1]).convert("RGB").resize((1, 1)).getpixel((0, 0))
-    assert all(abs(a - b) < 8 for a, b in zip(animation.convert("RGB").resize((1, 1)).getpixel((0, 0)), last))
+def test_the_animation_has_at_most_100_frames(cgan, tmp_path):
+    """Evenly spread, in the order of their numbers, and the last grid is the last frame."""
+    (tmp_path / "images").mkdir()
+    for k in range(103):  # the last ones have a digit more
+        Image.new("RGB", (8, 8), (2 * k, 0, 0)).save(tmp_path / f"images/sample_{999_900 + k:06}.png")
+    cgan.finish(argparse.Namespace(folder=tmp_path), sample="training.gif")
+    animation, reds = Image.open(tmp_path / "training.gif"), []
+    for k in range(animation.n_frames):
+        animation.seek(k)
+        reds.append(animation.convert("RGB").getpixel((4, 4))[0])
+    assert 50 <= len(reds) <= 100 and reds == sorted(reds) and abs(reds[-1] - 204) < 8
 
 
 # ---------------------------------------------------------------- resume
@@ -371,27 +395,28 @@ def stop_after(script, monkeypatch, batch, seconds=0):
 
 CONV = {"vae": ["--arch", "vanilla", "--hidden_dims", "4", "8"], "gan": ["--arch", "conv"], "cgan": ["--arch", "conv"]}
 CONV["vqvae"] = ["--codebook", "loss"]
+CONV["pixelcnn"] = ["--arch", "pixelcnn", "--conditional", "--dropout", "0.2", "--binarize"]
 
 
-@pytest.mark.parametrize(
-    "batch, seconds, saved, conv", [(1, 0, 1, False), (6, 0, 5, False), (8, 0, 8, True), (11, 1000, 6, False)]
-)
-def test_resume_equals_the_run_never_stopped(script, small, monkeypatch, batch, seconds, saved, conv):
+@pytest.mark.parametrize("conv, stops", [(False, [(1, 0, 1), (6, 0, 5), (11, 1000, 6)]), (True, [(8, 0, 8)])])
+def test_resume_equals_the_run_never_stopped(script, small, monkeypatch, conv, stops):
+    """Stopped after a batch, with a checkpoint after so many seconds, which then is of so many batches."""
     arguments = [*small, "--n_epochs", "3", *(CONV[script.__name__] if conv else [])]
     whole = script.train(script.parse_args(arguments))
-    part = Path("runs", f"{script.__name__}-2")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_after(script, patch, batch, seconds)
-        script.train(script.parse_args(arguments))
-    assert torch.load(part / "checkpoint.pt", weights_only=True)["position"][0] == saved
-    (part / "log.csv").unlink()  # as after a stop at the worst moment
-    assert script.train(script.parse_args(["--resume", str(part)])) == part
-    assert_same(whole, part)
-    names = sorted(file.relative_to(whole) for file in whole.rglob("*.png"))
-    assert names == sorted(file.relative_to(part) for file in part.rglob("*.png"))
-    assert all((whole / name).read_bytes() == (part / name).read_bytes() for name in names)
-    logs = [[list(row.values())[:-2] for row in csv.DictReader(open(run / "log.csv"))] for run in (whole, part)]
-    assert logs[0] == logs[1] and len(logs[0]) == 3
+    for batch, seconds, saved in stops:
+        part = Path(f"runs/stopped_after_{batch}")
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            stop_after(script, patch, batch, seconds)
+            script.train(script.parse_args([*arguments, "--out_dir", str(part)]))
+        assert torch.load(part / "checkpoint.pt", weights_only=True)["position"][0] == saved
+        (part / "log.csv").unlink()  # as after a stop at the worst moment
+        assert script.train(script.parse_args(["--resume", str(part)])) == part
+        assert_same(whole, part)
+        names = sorted(file.relative_to(whole) for file in whole.rglob("*.png"))
+        assert names == sorted(file.relative_to(part) for file in part.rglob("*.png"))
+        assert all((whole / name).read_bytes() == (part / name).read_bytes() for name in names)
+        logs = [[list(row.values())[:-2] for row in csv.DictReader(open(run / "log.csv"))] for run in (whole, part)]
+        assert logs[0] == logs[1] and len(logs[0]) == 3
 
 
 def test_a_data_loader_of_ones_own(script, small, monkeypatch):
@@ -477,7 +502,7 @@ def test_compile(script, small, monkeypatch):
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
     run = script.train(script.parse_args([*small, "--n_epochs", "1", "--compile"]))
-    assert len(compiled) == (1 if script.__name__ == "vae" else 2)  # G and D, or encoder and decoder
+    assert len(compiled) == (1 if script.__name__ in ("vae", "pixelcnn") else 2)  # G and D, or encoder and decoder
     plain = script.train(script.parse_args([*small, "--n_epochs", "1"]))
     for a, b in zip(script.load(run).state_dict().values(), script.load(plain).state_dict().values()):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
@@ -487,7 +512,7 @@ def test_compile(script, small, monkeypatch):
 
 
 def test_digits_fill_the_picture(cgan):
-    data, test = cgan.draw_digits(), cgan.draw_digits(train=False)
+    data, test = (cgan.DATASETS["digits"]("", train, False) for train in (True, False))
     images, labels = data.data, data.targets
     assert images.shape == (10_000, 28, 28) and images.dtype == torch.uint8 and len(test.data) == 2000
     assert labels.bincount().tolist() == [1000] * 10

@@ -14,7 +14,7 @@ from conftest import ROOT, SCRIPTS, SMALL, SMALLER
 STEPS = f"""
 import sys, torch, torch.distributed as dist
 sys.path.insert(0, {str(ROOT)!r})
-import argparse, cgan, gan, vae, vqvae
+import argparse, cgan, gan, pixelcnn, vae, vqvae
 torch.manual_seed(0)
 real, z, labels = torch.rand(8, 1, 16, 16), torch.randn(8, 4), torch.arange(8) % 3
 mine = slice(cgan.RANK, None, cgan.WORLD)
@@ -41,6 +41,10 @@ for mode in ("ema", "loss"):
     vqvae.train_step(model, sgd(model), real[mine], torch.tensor(0.1), opt)
     gradients |= {{f"vqvae {{mode}} {{k}}": p.grad for k, p in enumerate(model.parameters()) if p.grad is not None}}
     gradients |= {{f"vqvae {{mode}} codebook": model.codebook.detach(), f"vqvae {{mode}} counts": model.counts}}
+for arch in ("pixelcnn", "gated"):
+    model = pixelcnn.PixelCNN(arch, 2, 16, 4, 2, 0.0, 3)
+    pixelcnn.train_step(model, sgd(model), real[mine] > 0.5, labels[mine])
+    gradients |= {{f"pixelcnn {{arch}} {{k}}": p.grad for k, p in enumerate(model.parameters())}}
 torch.save(gradients, f"{{cgan.WORLD}}.{{cgan.RANK}}.pt")
 """
 
@@ -49,7 +53,7 @@ import importlib, sys, torch
 sys.path.insert(0, {str(ROOT)!r})
 for name in {SCRIPTS!r}:
     script = importlib.import_module(name)
-    opt = script.parse_args(sys.argv[1:] + {SMALLER!r}.get(name, []))
+    opt = script.parse_args(sys.argv[1:] + {SMALLER!r}[name])
     parts, start = {{}}, script.start
     def start_and_keep(*args, **given):
         parts.update(given)
