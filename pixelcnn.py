@@ -63,7 +63,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--binarize", **flag, help="draw black and white pixels from grey ones, anew each time")
     add("--conditional", **flag, help="draw given the label")
     add("--hidden_dim", type=number(int, 2), default=32, help="channels of a layer, 2 or more")
-    add("--n_layers", type=number(int), default=8, help="layers between the first and the last ones")
+    add("--n_layers", type=number(int, 1), default=8, help="layers between the first and the last ones")
     add("--dropout", type=number(float, below=1), default=0.0, help="share of channels to drop, in [0, 1)")
     add("--ema", type=number(float, below=1), default=0.999, help="decay of the model's average, in [0, 1); 0: off")
     add("--img_size", type=number(int, 1), default=28, help="side of the images; of codes: theirs")
@@ -99,25 +99,24 @@ class PixelCNN(nn.Module):
 
     def __init__(self, arch: str, n_values: int, size: int, dim: int, n_layers: int, dropout: float, n_classes: int):
         super().__init__()
-        self.size, self.n_values, self.decoder = size, n_values, None  # that of codes comes later
+        self.size, self.n_values, self.decoder = size, n_values, None  # codes get their decoder in new_model
         self.embed = nn.Embedding(n_values, min(n_values, dim))
         stack = {"pixelcnn": MaskedStack, "gated": GatedStack}[arch]
         self.stack = stack(self.embed.embedding_dim, size, dim, n_layers, dropout, n_classes)
         self.out = nn.Sequential(nn.ReLU(), nn.Conv2d(dim, 2 * dim, 1), nn.ReLU(), nn.Conv2d(2 * dim, n_values, 1))
 
     def vectors(self, x: Tensor) -> Tensor:
-        """Values (N, 1, H, W) -> a vector of each (N, ., H, W)."""
-        return self.embed(x[:, 0].long()).movedim(-1, 1)
+        """Values (N, 1, H, W), int64 -> a vector of each (N, ., H, W)."""
+        return self.embed(x[:, 0]).movedim(-1, 1)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits of the values of each position (N, n_values, H, W), given the positions before it."""
         return self.out(self.stack(self.vectors(x), labels))
 
     def log_prob(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """log p(x) of each, in nats (N,)."""
-        return -F.cross_entropy(self(x, labels).float(), x[:, 0].long(), reduction="none").flatten(1).sum(1)
+        """log p(x) of each x (N, 1, H, W), int64, in nats (N,)."""
+        return -F.cross_entropy(self(x, labels).float(), x[:, 0], reduction="none").flatten(1).sum(1)
 
-    @torch.no_grad()
     def images(self, x: Tensor) -> Tensor:
         """Values (N, 1, H, W) as images in [0, 1]; codes decoded."""
         return self.decoder(self.decoder.embed(x[:, 0])).clamp(0, 1) if self.decoder else x / (self.n_values - 1)
@@ -127,12 +126,12 @@ class PixelCNN(nn.Module):
         self, n: int, labels: Tensor | None = None, given: Tensor | None = None, rows: int = 0, temperature: float = 1.0
     ) -> Tensor:
         """n new x (n, 1, size, size), position by position. given x (n, 1, size, size): its first `rows` rows stay."""
-        x = self.embed.weight.new_zeros(n, 1, self.size, self.size).long() if given is None else given.long().clone()
+        x = self.embed.weight.new_zeros(n, 1, self.size, self.size, dtype=int) if given is None else given.clone()
         for i in range(rows, self.size):
-            last_row = self.stack.last_row(self.vectors(x[:, :, : i + 1]), labels)  # later rows do not matter
+            last_row = self.stack.last_row(self.vectors(x[:, :, : i + 1]), labels)  # what is above is looked at once
             for j in range(self.size):
                 logits = self.out(last_row(self.vectors(x[:, :, i : i + 1]))[..., j : j + 1])[:, :, 0, 0] / temperature
-                x[:, 0, i, j] = torch.distributions.Categorical(logits=logits.nan_to_num()).sample()  # save() finds nan
+                x[:, 0, i, j] = torch.distributions.Categorical(logits=logits.nan_to_num()).sample()
             if sys.stdout.isatty():
                 print(f"drawing {n}: row {i + 1} of {self.size}", end="\r", flush=True)
         return x
@@ -169,7 +168,7 @@ class MaskedStack(nn.Module):
         return h
 
     def last_row(self, e: Tensor, labels: Tensor | None) -> Callable:
-        """What the last row of e is mapped to, as a function of it: of e[:, :, -1:], when the rows above stay."""
+        """The function that maps the last row of e, e[:, :, -1:], to that of forward(e), for the rows above it in e."""
         return lambda row: self(torch.cat([e[:, :, :-1], row], 2), labels)[:, :, -1:]
 
 
@@ -187,17 +186,18 @@ class GatedStack(nn.Module):
             self.labels.append(nn.Embedding(n_classes, 2 * dim) if n_classes else None)
 
     def above(self, e: Tensor, labels: Tensor | None) -> list[Tensor]:
-        """What each layer hands to the horizontal stack: at each position of the rows above it, of labels and place."""
-        h, handed = self.first_above(F.pad(e, (3, 3, 3, -1))) + self.place[:, :, : e.shape[2]], []
+        """What each layer hands to the horizontal stack (N, 2 dim, H, W): in row i, of the rows above i."""
+        h = self.first_above(F.pad(e, (3, 3, 3, -1)))  # 3 zero rows above, the last row cut off: i sees i - 3 to i - 1
+        h, handed = h + self.place[:, :, : e.shape[2]], []  # the first rows of a picture that is being drawn
         for (above, to_left, _, _), label in zip(self.convs, self.labels):
-            h = above(F.pad(h, (1, 1, 1, 0)))
-            h = h + label(labels)[:, :, None, None] if label else h  # and so in both gates
-            handed.append(to_left(h))
-            h = gate(h)
+            both = above(F.pad(h, (1, 1, 1, 0)))
+            both = both + label(labels)[:, :, None, None] if label else both  # to_left takes it to the other gate
+            handed.append(to_left(both))
+            h = gate(both)
         return handed
 
     def forward(self, e: Tensor, labels: Tensor | None, above: list[Tensor] | None = None) -> Tensor:
-        h = self.first_left(F.pad(e, (3, -1)))
+        h = self.first_left(F.pad(e, (3, -1)))  # j sees j - 3 to j - 1
         for (_, _, left, out), handed in zip(self.convs, above or self.above(e, labels)):
             h = h + self.dropout(out(gate(left(F.pad(h, (1, 0))) + handed)))
         return h
@@ -260,8 +260,7 @@ def train_step(model: PixelCNN, optimizer: torch.optim.Optimizer, x: Tensor, lab
 def average(model_avg: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """Move model_avg towards the model. Its memory is short at first, so that it forgets how the model started."""
     decay = min(decay, (1 + step) / (10 + step)) if decay else 0.0
-    averages, values = (list(m.parameters()) for m in (model_avg, model))
-    torch.optim.swa_utils.get_ema_multi_avg_fn(decay)(averages, values, None)
+    torch.optim.swa_utils.get_ema_multi_avg_fn(decay)([*model_avg.parameters()], [*model.parameters()], None)
 
 
 @torch.no_grad()
@@ -274,10 +273,10 @@ def test(model: PixelCNN, x: Tensor, labels: Tensor) -> dict[str, float]:
 def train(opt: Namespace) -> Path:
     """Train and return the run's folder. Raises OSError for bad data or files, FloatingPointError for a bad loss."""
     device = find_device(opt)
-    codes = opt.dataset and Path(opt.dataset, "checkpoint.pt").exists()
-    data, tests, decoder = load_codes(opt) if codes else load_images(opt)
+    of_codes = vars(opt).get("of_batch") or (opt.dataset and Path(opt.dataset, "checkpoint.pt").exists())
+    data, tests, decoder = load_codes(opt) if of_codes else load_images(opt)
     torch.manual_seed(0)  # black and white test images are drawn once
-    tests = ((tests[0] / 255).bernoulli() if opt.binarize else tests[0]).to(device), tests[1].to(device)
+    tests = ((tests[0] / 255).bernoulli() if opt.binarize else tests[0]).long().to(device), tests[1].to(device)
     data = TensorDataset(*(part.to(device) for part in data))
     sampler = BatchSampler(RandomSampler(data), opt.batch_size, drop_last=True)
     loader = DataLoader(data, sampler=sampler, batch_size=None)  # a batch is data[[3, 1, ...]]: one look-up, not 64
@@ -310,8 +309,8 @@ def train(opt: Namespace) -> Path:
                     picture()
                 seed(opt.seed, "batch", i, RANK)  # of dropout and binary pixels, so that a resumed run has the same
                 real, labels = (part[RANK::WORLD].to(device) for part in (real, labels))
-                x = (real / 255).bernoulli() if opt.binarize else real
-                losses = train_step(model, optimizer, x, labels)
+                x = (real / 255).bernoulli() if opt.binarize else real  # black and white pixels, drawn anew
+                losses = train_step(model, optimizer, x.long(), labels)
                 average(model_avg, model, opt.ema, i)
                 after_batch(run, opt, **losses)
             after_epoch(run, opt, **test(model_avg, *tests))
@@ -330,8 +329,8 @@ def load_images(opt: Namespace) -> tuple[tuple, tuple, dict]:
     """Images (N, 1, H, W), uint8, and labels (N,), to train and to test with; no decoder."""
     data = load_data(opt)
     if opt.channels == 3:
-        raise OSError(f"{opt.dataset} has colour: --channels 1, or train vqvae.py on it, and then this on its run")
-    opt.codes, opt.decoder, opt.n_values = None, None, 2 if opt.binarize else 256
+        raise OSError(f"{opt.dataset} is read in colour: --channels 1, or train vqvae.py, and this on its run")
+    opt.of_batch, opt.decoder, opt.n_values = None, None, 2 if opt.binarize else 256
     if opt.dataset in DATASETS:
         return data, load_data(opt, train=False), {}
     kept = [i for i in range(len(data[0])) if i % 10] or [0]  # every tenth image is held out
@@ -342,18 +341,19 @@ def load_codes(opt: Namespace) -> tuple[tuple, tuple, dict]:
     """Codes (N, 1, h, w) of the run of vqvae.py opt.dataset, and labels, to train and to test with; decoder weights."""
     try:
         state = torch.load(Path(opt.dataset, "checkpoint.pt"), map_location="cpu", weights_only=True)
-        arrays, o, done = np.load(Path(opt.dataset, "codes.npz")), Namespace(**state["options"]), state["position"][0]
-        if state["script"] != "vqvae" or arrays["batches_done"] != done:
-            raise ValueError(f"{state['script']}.py has done {done} batches, codes.npz is of {arrays['batches_done']}")
+        o, done = Namespace(**state["options"]), state["position"][0]
+        arrays = np.load(Path(opt.dataset, "codes.npz")) if state["script"] == "vqvae" else {}
+        if arrays.get("batches_done") != done:
+            raise ValueError(f"{state['script']}.py, {done} batches done; codes.npz: {arrays.get('batches_done')}")
         names = ("codes", "labels", "test_codes", "test_labels")
         x, labels, test_x, test_labels = (torch.from_numpy(arrays[name].astype(np.int64)) for name in names)
     except Exception as e:  # torch and numpy raise many kinds
         text = f"--dataset {opt.dataset}: {e!r}; its codes: python vqvae.py --resume {opt.dataset} --n_epochs 0"
         raise OSError(text) from e
-    if vars(opt).get("codes", done) != done or opt.binarize:
-        raise OSError(f"--dataset {opt.dataset}: its codes have changed, or --binarize was given: start a new run")
+    if opt.binarize or opt.n_classes not in (None, o.n_classes) or vars(opt).get("of_batch", done) != done:
+        raise OSError(f"{opt.dataset}: {o.n_classes} classes, batch {done}: not for --n_classes, --binarize, this run")
     dims = [o.channels, *[o.hidden_dim // 2] * (o.downsample.bit_length() - 2), o.hidden_dim]
-    opt.codes, opt.decoder, opt.n_values = done, [o.n_embeddings, o.latent_dim, dims, o.residual_dim], o.n_embeddings
+    opt.of_batch, opt.decoder, opt.n_values = done, [o.n_embeddings, o.latent_dim, dims, o.residual_dim], o.n_embeddings
     opt.channels, opt.img_size, opt.classes, opt.n_classes = o.channels, x.shape[2], o.classes, o.n_classes
     decoder = {name: weight for name, weight in state["model_avg"].items() if name.startswith("decoder.")}
     return (x[:, None], labels), (test_x[:, None], test_labels), decoder

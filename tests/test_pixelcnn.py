@@ -108,6 +108,14 @@ def test_log_prob_is_the_sum_of_the_conditionals(pixelcnn):
     torch.testing.assert_close(model.log_prob(x).double(), total, rtol=1e-5, atol=1e-5)
 
 
+def test_grey_levels_in_0_to_1_are_refused(pixelcnn):
+    """They would all be the value 0."""
+    model = tiny(pixelcnn, "gated", steps=0)
+    for call in (model.log_prob, lambda x: model.sample(2, given=x, rows=2)):
+        with pytest.raises(RuntimeError, match="Long"):
+            call(torch.rand(2, 1, 4, 4))
+
+
 def test_the_test(pixelcnn):
     model = tiny(pixelcnn, "gated")
     x = EVERY[::60]
@@ -210,7 +218,7 @@ def test_colour_is_refused(pixelcnn, small, refused, tmp_path):
         (["--likelihood", "softmax", "--binarize"], ["--binarize", "bernoulli"]),
         (["--likelihood", "poisson"], ["--likelihood"]),
         (["--hidden_dim", "1"], ["--hidden_dim"]),
-        (["--n_layers", "-1"], ["--n_layers"]),
+        (["--n_layers", "0"], ["--n_layers"]),
         (["--dropout", "1"], ["--dropout"]),
         (["--temperature", "0"], ["--temperature"]),
         (["--labels", "1"], ["--labels", "--conditional"]),
@@ -273,7 +281,7 @@ def test_codes_in_images_out(pixelcnn, codes, command, refused, tmp_path):
         wanted = decoder.decode(torch.from_numpy(square.astype(np.int64))[None])[0]
         torch.testing.assert_close(picture, wanted, atol=0.003, rtol=0)
     assert command(vqvae, "--resume", "away", "--decode", "elsewhere/generated/codes.npz") == (0, [])
-    refused(pixelcnn, "--resume", "elsewhere", "--n_epochs", 3, says=["--dataset runs/vqvae"])
+    refused(pixelcnn, "--resume", "elsewhere", "--n_epochs", 3, says=["--dataset runs/vqvae", "python vqvae.py"])
 
 
 def test_it_learns_from_the_codes(pixelcnn, codes):
@@ -296,7 +304,7 @@ def test_codes_of_another_checkpoint(pixelcnn, codes, refused, command, tmp_path
     before = (codes / "codes.npz").read_bytes()
     run = pixelcnn.train(pixelcnn.parse_args(["--dataset", str(codes), *PRIOR]))
     assert command(vqvae, "--resume", codes, "--n_epochs", 2) == (0, [])
-    refused(pixelcnn, "--resume", run, "--n_epochs", 3, says=["changed"])
+    refused(pixelcnn, "--resume", run, "--n_epochs", 3, says=["batch 12", "not for", "this run"])
     (codes / "codes.npz").write_bytes(before)
     says = ["--dataset", f"python vqvae.py --resume {codes} --n_epochs 0"]
     refused(pixelcnn, "--dataset", codes, *PRIOR, says=says)
@@ -304,7 +312,8 @@ def test_codes_of_another_checkpoint(pixelcnn, codes, refused, command, tmp_path
     refused(pixelcnn, "--dataset", codes, *PRIOR, says=says)
     assert command(vqvae, "--resume", codes, "--n_epochs", 0) == (0, [])
     refused(pixelcnn, "--dataset", codes, "--binarize", *PRIOR, says=["--binarize"])
-    refused(pixelcnn, "--dataset", run, *PRIOR, says=["pixelcnn"])
+    refused(pixelcnn, "--dataset", codes, "--n_classes", 4, *PRIOR, says=["3 classes"])
+    refused(pixelcnn, "--dataset", run, *PRIOR, says=["pixelcnn.py", "vqvae.py"])
 
 
 def test_a_resumed_prior_is_exact(pixelcnn, codes):

@@ -43,7 +43,7 @@ for mode in ("ema", "loss"):
     gradients |= {{f"vqvae {{mode}} codebook": model.codebook.detach(), f"vqvae {{mode}} counts": model.counts}}
 for arch in ("pixelcnn", "gated"):
     model = pixelcnn.PixelCNN(arch, 2, 16, 4, 2, 0.0, 3)
-    pixelcnn.train_step(model, sgd(model), real[mine] > 0.5, labels[mine])
+    pixelcnn.train_step(model, sgd(model), (real[mine] > 0.5).long(), labels[mine])
     gradients |= {{f"pixelcnn {{arch}} {{k}}": p.grad for k, p in enumerate(model.parameters())}}
 torch.save(gradients, f"{{cgan.WORLD}}.{{cgan.RANK}}.pt")
 """
