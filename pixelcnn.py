@@ -83,8 +83,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--labels", type=number(int), nargs="+", metavar="Y", help="with --generate: the classes; None: all")
     add("--temperature", type=number(float, 1e-3), default=1.0, help="with --generate: below 1 draws what is likelier")
     opt = finish_options(p, argv, acts=["generate"], free=["labels", "temperature"])
-    opt.likelihood = opt.likelihood or ("bernoulli" if opt.binarize else "softmax")
-    if opt.binarize != (opt.likelihood == "bernoulli"):
+    if opt.likelihood and opt.binarize != (opt.likelihood == "bernoulli"):
         p.error("--binarize and --likelihood bernoulli go together")
     if opt.labels and not (opt.generate and opt.conditional and max(opt.labels) < opt.n_classes):
         p.error(f"--labels {max(opt.labels)}: goes with --generate and a run with --conditional, if it has so many")
@@ -126,7 +125,8 @@ class PixelCNN(nn.Module):
         self, n: int, labels: Tensor | None = None, given: Tensor | None = None, rows: int = 0, temperature: float = 1.0
     ) -> Tensor:
         """n new x (n, 1, size, size), position by position. given x (n, 1, size, size): its first `rows` rows stay."""
-        x = self.embed.weight.new_zeros(n, 1, self.size, self.size, dtype=int) if given is None else given.clone()
+        x = self.embed.weight.new_zeros(1, 1, self.size, self.size, dtype=int) if given is None else given
+        x = x.expand(n, -1, -1, -1).clone()
         for i in range(rows, self.size):
             last_row = self.stack.last_row(self.vectors(x[:, :, : i + 1]), labels)  # what is above is looked at once
             for j in range(self.size):
@@ -273,7 +273,7 @@ def test(model: PixelCNN, x: Tensor, labels: Tensor) -> dict[str, float]:
 def train(opt: Namespace) -> Path:
     """Train and return the run's folder. Raises OSError for bad data or files, FloatingPointError for a bad loss."""
     device = find_device(opt)
-    of_codes = vars(opt).get("of_batch") or (opt.dataset and Path(opt.dataset, "checkpoint.pt").exists())
+    of_codes = vars(opt).get("codebook") or (opt.dataset and Path(opt.dataset, "checkpoint.pt").exists())
     data, tests, decoder = load_codes(opt) if of_codes else load_images(opt)
     torch.manual_seed(0)  # black and white test images are drawn once
     tests = ((tests[0] / 255).bernoulli() if opt.binarize else tests[0]).long().to(device), tests[1].to(device)
@@ -315,13 +315,13 @@ def train(opt: Namespace) -> Path:
                 after_batch(run, opt, **losses)
             after_epoch(run, opt, **test(model_avg, *tests))
         picture()
-    finally:  # after Ctrl-C, too
-        finish(run, sample="training.gif")
-    if RANK == 0:  # each row: a test image, then what its upper half was completed to
         x, y = (part[torch.linspace(0, len(part) - 1, 6).long()].repeat_interleave(8, 0) for part in tests)
         drawn = model_avg.sample(len(x), y, x, model.size // 2)
-        drawn[::8] = x[::8]
-        utils.save_image(model_avg.images(drawn), run.folder / "completion.png", nrow=8)
+        drawn[::8] = x[::8]  # each row: a test image, then what its upper half was completed to
+        if RANK == 0:
+            utils.save_image(model_avg.images(drawn), run.folder / "completion.png", nrow=8)
+    finally:  # after Ctrl-C, too
+        finish(run, sample="training.gif")
     return run.folder
 
 
@@ -330,7 +330,7 @@ def load_images(opt: Namespace) -> tuple[tuple, tuple, dict]:
     data = load_data(opt)
     if opt.channels == 3:
         raise OSError(f"{opt.dataset} is read in colour: --channels 1, or train vqvae.py, and this on its run")
-    opt.of_batch, opt.decoder, opt.n_values = None, None, 2 if opt.binarize else 256
+    opt.codebook, opt.decoder, opt.n_values = None, None, 2 if opt.binarize else 256
     if opt.dataset in DATASETS:
         return data, load_data(opt, train=False), {}
     kept = [i for i in range(len(data[0])) if i % 10] or [0]  # every tenth image is held out
@@ -348,12 +348,12 @@ def load_codes(opt: Namespace) -> tuple[tuple, tuple, dict]:
         names = ("codes", "labels", "test_codes", "test_labels")
         x, labels, test_x, test_labels = (torch.from_numpy(arrays[name].astype(np.int64)) for name in names)
     except Exception as e:  # torch and numpy raise many kinds
-        text = f"--dataset {opt.dataset}: {e!r}; its codes: python vqvae.py --resume {opt.dataset} --n_epochs 0"
-        raise OSError(text) from e
-    if opt.binarize or opt.n_classes not in (None, o.n_classes) or vars(opt).get("of_batch", done) != done:
-        raise OSError(f"{opt.dataset}: {o.n_classes} classes, batch {done}: not for --n_classes, --binarize, this run")
+        raise OSError(f"{opt.dataset}: {e!r}; its codes: python vqvae.py --resume {opt.dataset} --n_epochs 0") from e
+    made = float(state["model_avg"]["decoder.codebook"].sum())  # is another after more training
+    if opt.binarize or opt.n_classes not in (None, o.n_classes) or (vars(opt).get("codebook") or made) != made:
+        raise OSError(f"{opt.dataset}: its codes have changed, or --n_classes or --binarize do not fit; start anew")
     dims = [o.channels, *[o.hidden_dim // 2] * (o.downsample.bit_length() - 2), o.hidden_dim]
-    opt.of_batch, opt.decoder, opt.n_values = done, [o.n_embeddings, o.latent_dim, dims, o.residual_dim], o.n_embeddings
+    opt.codebook, opt.n_values, opt.decoder = made, o.n_embeddings, [o.n_embeddings, o.latent_dim, dims, o.residual_dim]
     opt.channels, opt.img_size, opt.classes, opt.n_classes = o.channels, x.shape[2], o.classes, o.n_classes
     decoder = {name: weight for name, weight in state["model_avg"].items() if name.startswith("decoder.")}
     return (x[:, None], labels), (test_x[:, None], test_labels), decoder
@@ -579,7 +579,7 @@ def report(run: Namespace, opt: Namespace, **more: float) -> dict[str, float]:
     row |= dict(seconds=round(seconds, 2), images_per_second=round(n * opt.batch_size / seconds))
     if RANK == 0:
         text = " ".join(f"{name} {value:.4g}" for name, value in row.items())
-        width = os.get_terminal_size().columns - 1 if sys.stdout.isatty() else 0  # there, over the last report
+        width = max(os.get_terminal_size().columns, 1) - 1 if sys.stdout.isatty() else 0  # over the last report
         print(f"{text:{width}.{width}}" if width else text, end="\r" if width else "\n", flush=True)
     return row
 

@@ -57,7 +57,7 @@ VAE = dict(lr=1e-3, b1=0.9, b2=0.999, latent_dim=128, arch="vanilla", hidden_dim
 VAE |= dict(likelihood="gaussian", sigma="auto", beta=1.0, conditional=False, binarize=False, iw_samples=0)
 VQVAE = dict(lr=1e-3, b1=0.9, b2=0.999, ema=0.999, batch_size=128, codebook="ema", decay=0.99, commitment=0.25)
 VQVAE |= dict(restart=True, hidden_dim=128, residual_dim=32, n_embeddings=512, latent_dim=64, downsample=4)
-PIXELCNN = dict(lr=2e-3, b1=0.9, b2=0.999, ema=0.999, batch_size=16, arch="gated", likelihood="softmax", dropout=0.0)
+PIXELCNN = dict(lr=2e-3, b1=0.9, b2=0.999, ema=0.999, batch_size=16, arch="gated", likelihood=None, dropout=0.0)
 PIXELCNN |= dict(binarize=False, conditional=False, hidden_dim=32, n_layers=8, sample_interval=4000)
 DEFAULTS = {
     "vae": COMMON | VAE | dict(img_size=32, out_dir="runs/vae", labels=None, reconstruct=None),
@@ -66,7 +66,7 @@ DEFAULTS = {
     "vqvae": COMMON | VQVAE | dict(img_size=32, out_dir="runs/vqvae", encode=None, decode=None),
     "pixelcnn": COMMON | PIXELCNN | dict(img_size=28, out_dir="runs/pixelcnn", labels=None, temperature=1.0),
 }
-FOUND_LATER = (("gan", "img_size"), ("cgan", "noise"), ("vae", "hidden_dims"), ("pixelcnn", "likelihood"))  # by others
+FOUND_LATER = (("gan", "img_size"), ("cgan", "noise"), ("vae", "hidden_dims"))  # by --arch
 
 
 def test_options_and_defaults(script):
@@ -238,6 +238,20 @@ def test_the_log_has_the_means_of_an_epoch(script, small, monkeypatch):
         for name in seen[0]:
             mean = sum(float(losses[name]) for losses in seen[6 * i : 6 * i + 6]) / 6
             assert float(row[name]) == pytest.approx(mean, rel=1e-5)
+
+
+@pytest.mark.parametrize("columns", [0, 40])
+def test_reports_on_a_terminal(cgan, small, monkeypatch, capsys, columns):
+    """One over the other, in one line; one after the other where it does not say how wide it is."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(os, "get_terminal_size", lambda *_: os.terminal_size((columns, 24)))
+    cgan.train(cgan.parse_args([*small, "--n_epochs", "2"]))
+    out = capsys.readouterr().out
+    reports = re.findall(r"^.*epoch .*$", out.split("writing to runs/cgan")[1], re.MULTILINE)
+    if columns:
+        assert [len(line) for line in reports[0].split("\r")[:-1]] == [39, 39] and len(reports) == 1
+    else:
+        assert len(reports) == 2 and "\r" not in out
 
 
 def test_an_empty_folder_is_used_as_it_is(script, small, tmp_path, monkeypatch):
