@@ -199,10 +199,12 @@ def test_binary_pixels_are_drawn_anew_but_not_in_the_test(pixelcnn, small, monke
     seen, tested, step, test = [], [], pixelcnn.train_step, pixelcnn.test
     monkeypatch.setattr(pixelcnn, "train_step", lambda *args: (seen.append(args[2]), step(*args))[1])
     monkeypatch.setattr(pixelcnn, "test", lambda *args: (tested.append(args[1]), test(*args))[1])
-    pixelcnn.train(pixelcnn.parse_args([*small, "--n_epochs", "2", "--binarize"]))
+    for k in "12":
+        torch.seed()  # as in another process
+        pixelcnn.train(pixelcnn.parse_args([*small, "--n_epochs", k, "--seed", k, "--binarize"]))
     assert all(set(x.unique().tolist()) == {0, 1} for x in seen) and seen[0].shape == (8, 1, 8, 8)
-    assert torch.equal(*tested) and set(tested[0].unique().tolist()) == {0, 1}
-    one, two = (torch.cat(seen[k : k + 6]).flatten(1).tolist() for k in (0, 6))
+    assert all(torch.equal(x, tested[0]) for x in tested) and set(tested[0].unique().tolist()) == {0, 1}
+    one, two = (torch.cat(seen[k : k + 6]).flatten(1).tolist() for k in (6, 12))
     assert sorted(one) != sorted(two)
 
 
