@@ -153,7 +153,7 @@ class MaskedStack(nn.Module):
 
     def __init__(self, n_in: int, size: int, dim: int, n_layers: int, dropout: float, n_classes: int):
         super().__init__()
-        self.place = nn.Parameter(torch.zeros(1, dim, size, size))
+        self.place = nn.Parameter(torch.zeros(1, dim, size, size))  # a bias of each position
         self.first, self.dropout, half = MaskedConv(n_in, dim, 7, own=False), nn.Dropout2d(dropout), dim // 2
         self.blocks, self.labels = nn.ModuleList(), nn.ParameterList()
         for _ in range(n_layers):
@@ -177,7 +177,7 @@ class GatedStack(nn.Module):
 
     def __init__(self, n_in: int, size: int, dim: int, n_layers: int, dropout: float, n_classes: int):
         super().__init__()
-        self.place = nn.Parameter(torch.zeros(1, dim, size, size))
+        self.place = nn.Parameter(torch.zeros(1, dim, size, size))  # a bias of each position
         self.first_above, self.first_left = nn.Conv2d(n_in, dim, (3, 7)), nn.Conv2d(n_in, dim, (1, 3))
         self.convs, self.labels, self.dropout = nn.ModuleList(), nn.ParameterList(), nn.Dropout2d(dropout)
         for _ in range(n_layers):
