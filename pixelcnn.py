@@ -159,12 +159,12 @@ class MaskedStack(nn.Module):
         for _ in range(n_layers):
             down, masked, up = nn.Conv2d(dim, half, 1), MaskedConv(half, half, 3, own=True), nn.Conv2d(half, dim, 1)
             self.blocks.append(nn.Sequential(nn.ReLU(), down, nn.ReLU(), masked, nn.ReLU(), up))
-            self.labels.append(torch.zeros(n_classes, dim))
+            self.labels.append(torch.zeros(n_classes, dim) if n_classes else None)
 
     def forward(self, e: Tensor, labels: Tensor | None) -> Tensor:
         h = self.first(e) + self.place[:, :, : e.shape[2]]
         for block, label in zip(self.blocks, self.labels):
-            h = h + self.dropout(block(h + label[labels][:, :, None, None] if len(label) else h))
+            h = h + self.dropout(block(h + label[labels][:, :, None, None] if label is not None else h))
         return h
 
     def last_row(self, e: Tensor, labels: Tensor | None) -> Callable:
@@ -183,7 +183,7 @@ class GatedStack(nn.Module):
         for _ in range(n_layers):
             above, left = nn.Conv2d(dim, 2 * dim, (2, 3)), nn.Conv2d(dim, 2 * dim, (1, 2))
             self.convs.append(nn.ModuleList([above, nn.Conv2d(2 * dim, 2 * dim, 1), left, nn.Conv2d(dim, dim, 1)]))
-            self.labels.append(torch.zeros(n_classes, 2 * dim))
+            self.labels.append(torch.zeros(n_classes, 2 * dim) if n_classes else None)
 
     def above(self, e: Tensor, labels: Tensor | None) -> list[Tensor]:
         """What each layer hands to the horizontal stack (N, 2 dim, H, W): in row i, of the rows above i."""
@@ -191,7 +191,7 @@ class GatedStack(nn.Module):
         h, handed = h + self.place[:, :, : e.shape[2]], []  # the first rows of a picture that is being drawn
         for (above, to_left, _, _), label in zip(self.convs, self.labels):
             both = above(F.pad(h, (1, 1, 1, 0)))
-            both = both + label[labels][:, :, None, None] if len(label) else both  # to_left has it, too
+            both = both + label[labels][:, :, None, None] if label is not None else both  # to_left has it
             handed.append(to_left(both))
             h = gate(both)
         return handed
