@@ -279,7 +279,7 @@ def train(opt: Namespace) -> Path:
     tests = ((tests[0] / 255).bernoulli() if opt.binarize else tests[0]).long().to(device), tests[1].to(device)
     data = TensorDataset(*(part.to(device) for part in data))
     sampler = BatchSampler(RandomSampler(data), opt.batch_size, drop_last=True)
-    loader = DataLoader(data, sampler=sampler, batch_size=None)  # a batch is data[[3, 1, ...]]: one look-up, not 64
+    loader = DataLoader(data, sampler=sampler, batch_size=None)  # a batch is data[[3, 1, ...]]: one look-up, not 16
 
     torch.manual_seed(opt.seed)
     model = new_model(opt)
