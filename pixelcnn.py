@@ -2,17 +2,20 @@
 
 The probability of x is a product over its positions in raster order, each given those before it, so it is exact:
 
-    log p(x) = sum_i log p(x_i | x_1, ..., x_{i-1})      in nats; bits per dimension: over log 2 and the positions
+    log p(x) = sum_i log p(x_i | x_1, ..., x_{i-1})      in nats; bits per dimension: over log 2 and the values of x
 
 A convolutional network that sees no later position gives all factors at once; drawing takes one pass a position.
 
 --arch pixelcnn: van den Oord et al. 2016, arXiv:1601.06759; its masked filters have a blind spot, above to the right.
 --arch gated: van den Oord et al. 2016, arXiv:1606.05328; filters for the rows above and for the row itself leave none.
---conditional: its equation 4. Beyond the papers, each position has a learnt bias of its own. Codes: van den Oord et al.
-2017, arXiv:1711.00937. What is tested, drawn and kept is the model with averaged weights (Polyak & Juditsky 1992).
+--arch plusplus: PixelCNN++, Salimans et al. 2017, arXiv:1701.05517; on three sizes, down and up again with short cuts.
+--likelihood logistic: its mixture for grey levels and colours, in any arch. --conditional: 1606.05328, equation 4.
+Beyond the papers, each position has a learnt bias of its own. Codes: van den Oord et al. 2017, arXiv:1711.00937. What
+is tested, drawn and kept is the model with averaged weights (Polyak & Juditsky 1992).
 
     python pixelcnn.py --binarize --n_epochs 5     # MNIST in black and white; without a network: built-in digits
     python pixelcnn.py --dataset runs/vqvae        # the codes of a run of vqvae.py: its prior
+    python pixelcnn.py --dataset path/to/folder --img_size 32 --arch plusplus    # images in colour
     python pixelcnn.py --resume runs/pixelcnn --generate 100
 """
 
@@ -40,6 +43,8 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 from torchvision import datasets, utils
 from torchvision.transforms import v2
@@ -58,13 +63,13 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--lr", type=number(float, 1e-9), default=2e-3, help="Adam's learning rate, above 0")
     add("--b1", type=number(float, below=1), default=0.9, help="Adam's decay of the gradient, in [0, 1)")
     add("--b2", type=number(float, below=1), default=0.999, help="Adam's decay of its square, in [0, 1)")
-    add("--arch", choices=["pixelcnn", "gated"], default="gated", help="kind of network")
-    add("--likelihood", choices=["bernoulli", "softmax"], help="p(x_i | ...); None: softmax, --binarize bernoulli")
+    add("--arch", choices=["pixelcnn", "gated", "plusplus"], default="gated", help="kind of network")
+    add("--likelihood", choices=["bernoulli", "softmax", "logistic"], help="p(x_i | ...); None: by data and arch")
     add("--binarize", **flag, help="draw black and white pixels from grey ones, anew each time")
     add("--conditional", **flag, help="draw given the label")
     add("--hidden_dim", type=number(int, 2), default=32, help="channels of a layer, 2 or more")
-    add("--n_layers", type=number(int, 1), default=8, help="layers between the first and the last ones")
-    add("--dropout", type=number(float, below=1), default=0.0, help="share of channels to drop, in [0, 1)")
+    add("--n_layers", type=number(int, 1), help="None: 8; in plusplus, on each size, down and up, 1")
+    add("--dropout", type=number(float, below=1), help="share of features to drop, in [0, 1); None: 0, plusplus 0.5")
     add("--ema", type=number(float, below=1), default=0.999, help="decay of the model's average, in [0, 1); 0: off")
     add("--img_size", type=number(int, 1), default=28, help="side of the images; of codes: theirs")
     add("--channels", type=int, choices=[1, 3], help="1: turn colour into grey; None: as in the data")
@@ -83,6 +88,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--labels", type=number(int), nargs="+", metavar="Y", help="with --generate: the classes; None: all")
     add("--temperature", type=number(float, 1e-3), default=1.0, help="with --generate: below 1 draws what is likelier")
     opt = finish_options(p, argv, acts=["generate"], free=["labels", "temperature"])
+    n_layers, dropout = (1, 0.5) if opt.arch == "plusplus" else (8, 0.0)
+    opt.n_layers, opt.dropout = opt.n_layers or n_layers, dropout if opt.dropout is None else opt.dropout
+    if opt.arch == "plusplus" and opt.img_size % 4:
+        p.error(f"--img_size {opt.img_size}: --arch plusplus needs a multiple of 4")
     if opt.likelihood and opt.binarize != (opt.likelihood == "bernoulli"):
         p.error("--binarize and --likelihood bernoulli go together")
     if opt.labels and not (opt.generate and opt.conditional and max(opt.labels) < opt.n_classes):
@@ -94,47 +103,116 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 class PixelCNN(nn.Module):
-    """p(x) of whole numbers x (N, 1, size, size) below n_values; labels (N,) matter if n_classes > 0."""
+    """p(x) of whole numbers x (N, channels, size, size) below n_values; labels (N,) matter if n_classes > 0.
 
-    def __init__(self, arch: str, n_values: int, size: int, dim: int, n_layers: int, dropout: float, n_classes: int):
+    likelihood of the values of a position: logistic, for 256 values in 1 or 3 channels; else for 1 channel alone.
+    """
+
+    def __init__(
+        self,
+        arch: str,
+        likelihood: str,
+        n_values: int,
+        channels: int,
+        size: int,
+        dim: int,
+        n_layers: int,
+        dropout: float,
+        n_classes: int,
+    ):
         super().__init__()
-        self.size, self.n_values, self.decoder = size, n_values, None  # codes get their decoder in new_model
-        self.embed = nn.Embedding(n_values, min(n_values, dim))
-        stack = {"pixelcnn": MaskedStack, "gated": GatedStack}[arch]
-        self.stack = stack(self.embed.embedding_dim, size, dim, n_layers, dropout, n_classes)
-        self.out = nn.Sequential(nn.ReLU(), nn.Conv2d(dim, 2 * dim, 1), nn.ReLU(), nn.Conv2d(2 * dim, n_values, 1))
+        self.size, self.n_values, self.channels = size, n_values, channels
+        self.logistic, self.decoder = likelihood == "logistic", None  # codes get their decoder in new_model
+        n_in, n_out = (channels, 10 * sum(LOGISTIC[channels])) if self.logistic else (min(n_values, dim), n_values)
+        self.embed = None if self.logistic else nn.Embedding(n_values, n_in)
+        stack = {"pixelcnn": MaskedStack, "gated": GatedStack, "plusplus": PlusPlusStack}[arch]
+        self.stack = stack(n_in, size, dim, n_layers, dropout, n_classes)
+        self.out = nn.Sequential(nn.ReLU(), nn.Conv2d(dim, 2 * dim, 1), nn.ReLU(), nn.Conv2d(2 * dim, n_out, 1))
 
     def vectors(self, x: Tensor) -> Tensor:
-        """Values (N, 1, H, W), int64 -> a vector of each (N, ., H, W)."""
-        return self.embed(x[:, 0]).movedim(-1, 1)
+        """Values (N, channels, H, W), int64 -> a vector of each position (N, ., H, W). Raises TypeError for floats."""
+        if x.is_floating_point():
+            raise TypeError(f"x must be whole numbers, from 0 to {self.n_values - 1}, of type int64")
+        return self.embed(x[:, 0]).movedim(-1, 1) if self.embed else (x / 127.5 - 1).type_as(self.stack.place)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits of the values of each position (N, n_values, H, W), given the positions before it."""
+        """What the likelihood of each position takes (N, ., H, W), such as logits, given the positions before it."""
         return self.out(self.stack(self.vectors(x), labels))
 
     def log_prob(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """log p(x) of each x (N, 1, H, W), int64, in nats (N,)."""
-        return -F.cross_entropy(self(x, labels).float(), x[:, 0], reduction="none").flatten(1).sum(1)
+        """log p(x) of each x (N, channels, H, W), int64, in nats (N,)."""
+        out = self(x, labels).float()
+        log_p = logistic_log_prob(out, x) if self.logistic else -F.cross_entropy(out, x[:, 0], reduction="none")
+        return log_p.flatten(1).sum(1)
 
     def images(self, x: Tensor) -> Tensor:
-        """Values (N, 1, H, W) as images in [0, 1]; codes decoded."""
+        """Values (N, channels, H, W) as images in [0, 1]; codes decoded."""
         return self.decoder(self.decoder.embed(x[:, 0])).clamp(0, 1) if self.decoder else x / (self.n_values - 1)
 
     @torch.no_grad()
+    @parametrize.cached()  # weight norm: computed once
     def sample(
         self, n: int, labels: Tensor | None = None, given: Tensor | None = None, rows: int = 0, temperature: float = 1.0
     ) -> Tensor:
-        """n new x (n, 1, size, size), position by position. given x (n, 1, size, size): its first `rows` rows stay."""
-        x = self.embed.weight.new_zeros(1, 1, self.size, self.size, dtype=int) if given is None else given
-        x = x.expand(n, -1, -1, -1).clone()
+        """n new x (n, channels, size, size), position by position. given: x whose first `rows` rows stay."""
+        if given is None:
+            given = self.stack.place.new_zeros(1, self.channels, self.size, self.size, dtype=int)
+        x = given.expand(n, -1, -1, -1).clone()
         for i in range(rows, self.size):
             last_row = self.stack.last_row(self.vectors(x[:, :, : i + 1]), labels)  # what is above is looked at once
             for j in range(self.size):
-                logits = self.out(last_row(self.vectors(x[:, :, i : i + 1]))[..., j : j + 1])[:, :, 0, 0] / temperature
-                x[:, 0, i, j] = torch.distributions.Categorical(logits=logits.nan_to_num()).sample()
+                out = self.out(last_row(self.vectors(x[:, :, i : i + 1]))[..., j : j + 1])[:, :, 0, 0].nan_to_num()
+                if self.logistic:
+                    x[:, :, i, j] = logistic_draw(out, self.channels, temperature)
+                else:
+                    x[:, 0, i, j] = torch.distributions.Categorical(logits=out / temperature).sample()
             if sys.stdout.isatty():
                 print(f"drawing {n}: row {i + 1} of {self.size}", end="\r", flush=True)
         return x
+
+
+# By channels: how many numbers are a logistic's logit, means, log-scales and, in equation 3, alpha, beta and gamma.
+LOGISTIC = {1: [1, 1, 1, 0], 3: [1, 3, 3, 3]}
+
+
+def logistics(out: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The K logistics of out (N, ., ...) for values x (N, C, ...) in [-1, 1] (arXiv:1701.05517, equation 3).
+
+    Logits (N, K, ...), and (N, K, C, ...) means, which depend on the channels before, and scales.
+    """
+    sizes = LOGISTIC[x.shape[1]]
+    logits, mean, log_scale, weights = out.unflatten(1, (-1, sum(sizes))).split(sizes, 2)
+    if x.shape[1] == 3:
+        (red, green, _), (alpha, beta, gamma) = x[:, None].unbind(2), weights.tanh().unbind(2)
+        mean = mean + torch.stack([torch.zeros_like(alpha), alpha * red, beta * red + gamma * green], 2)
+    return logits.squeeze(2), mean, log_scale.clamp(-7, 7).exp()
+
+
+def logistic_log_prob(out: Tensor, x: Tensor) -> Tensor:
+    """log p(x) in nats (N, ...) of x (N, C, ...) in 0 to 255, by the mixture of out (arXiv:1701.05517, equation 2).
+
+    With s the sigmoid, p = s(b) - s(a) = s(b) s(-a) (1 - e^(a-b)) for the edges a < b of a value, in scales from the
+    mean: three factors whose logarithms do not underflow. The lowest value's a is -inf, the highest's b is inf.
+    """
+    centre = x.type_as(out) / 127.5 - 1
+    logits, mean, scale = logistics(out, centre)
+    x, from_mean, half = x[:, None], centre[:, None] - mean, 1 / 127.5 / 2
+    above = F.logsigmoid((from_mean + half) / scale) * (x < 255)
+    below = F.logsigmoid((half - from_mean) / scale) * (x > 0)
+    between = (-torch.expm1(-2 * half / scale)).log() * ((x > 0) & (x < 255))
+    return torch.logsumexp(logits.log_softmax(1) + (above + below + between).sum(2), 1)
+
+
+def logistic_draw(out: Tensor, channels: int, temperature: float = 1.0) -> Tensor:
+    """Values (N, channels) from 0 to 255, drawn from the mixtures of out (N, .)."""
+    x = out.new_zeros(len(out), channels)
+    k = torch.distributions.Categorical(logits=logistics(out, x)[0] / temperature).sample()
+    out = out.unflatten(1, (-1, sum(LOGISTIC[channels])))[torch.arange(len(out)), k]  # a mixture of one
+    for c in range(channels):  # its mean depends on those before
+        _, mean, scale = logistics(out, x / 127.5 - 1)
+        drawn = mean[:, 0, c] + temperature * scale[:, 0, c] * torch.rand_like(x[:, c]).logit()
+        x[:, c] = ((drawn + 1) * 127.5).round().clamp(0, 255)
+    return x.long()
 
 
 class MaskedConv(nn.Conv2d):
@@ -212,6 +290,100 @@ def gate(h: Tensor) -> Tensor:
     """tanh of the first half of the channels times sigmoid of the second."""
     a, b = (half.contiguous(memory_format=torch.channels_last) for half in h.chunk(2, 1))  # faster than as they lie
     return a.tanh() * b.sigmoid()
+
+
+class PlusPlusStack(nn.Module):
+    """(N, n_in, H, W) -> (N, dim, H, W), H and W multiples of 4: figure 2 of arXiv:1701.05517.
+
+    Its stream u, going down, sees the rows above; ul, going down and right, also what is left in the row.
+    """
+
+    def __init__(self, n_in: int, size: int, dim: int, n_layers: int, dropout: float, n_classes: int):
+        super().__init__()
+        self.place = nn.Parameter(torch.zeros(1, dim, size, size))  # a bias of each position
+        self.first_u = normed(Shifted(n_in, dim, (3, 7), (3, 3, 3, -1)))
+        self.first_ul = normed(Shifted(n_in, dim, (1, 3), (3, -1, 0, 0)))
+        self.down, self.up, same = nn.ModuleList(), nn.ModuleList(), (dim, dropout, n_classes)
+        for i in range(3 * n_layers):  # on the whole, half and quarter size; what down[i] halves, up[-1 - i] doubles
+            half, double = ("half", "double") if i in (n_layers, 2 * n_layers) else ("", "")
+            self.down.append(nn.ModuleList([PlusPlusBlock(3, 0, half, *same), PlusPlusBlock(2, dim, half, *same)]))
+            pair = PlusPlusBlock(3, dim, double, *same), PlusPlusBlock(2, 2 * dim, double, *same)
+            self.up.insert(0, nn.ModuleList(pair))
+
+    def forward(self, e: Tensor, labels: Tensor | None, top: int = 0, seen: dict | None = None) -> Tensor:
+        u = self.first_u(e, seen) + self.place[:, :, top : top + e.shape[2]]
+        ul, cuts = u + self.first_ul(e, seen), []
+        for u_block, ul_block in self.down:
+            cuts.append((u, ul))
+            u = u_block(u, None, labels, seen)
+            ul = ul_block(ul, u, labels, seen)
+        for (u_block, ul_block), (u_cut, ul_cut) in zip(self.up, cuts[::-1]):
+            u = u_block(u, u_cut, labels, seen)
+            ul = ul_block(ul, torch.cat([u, ul_cut], 1), labels, seen)
+        return ul
+
+    def last_row(self, e: Tensor, labels: Tensor | None) -> Callable:
+        """As in MaskedStack; but only four rows, one of a quarter of the size, see anew, and remember those above."""
+        last, seen = e.shape[2] - 1, {}
+        top, i = last // 4 * 4, last % 4  # of the four, and of the row among them
+        four = F.pad(e[:, :, top:], (0, 0, 0, 3 - i))
+        self(torch.cat([e[:, :, :top], four], 2), labels, 0, seen)
+        above, below = four[:, :, :i], four[:, :, i + 1 :]
+        return lambda row: self(torch.cat([above, row, below], 2), labels, top, seen)[:, :, i : i + 1]
+
+
+class PlusPlusBlock(nn.Module):
+    """x + a sigmoid(b), where a, b come from x by two filters and from `more` by a 1x1 filter; x is resized before.
+
+    x and the result (N, dim, H, W), more (N, n_more, H, W) or None; resize: "", "half" or "double" the size of x.
+    """
+
+    def __init__(self, width: int, n_more: int, resize: str, dim: int, dropout: float, n_classes: int):
+        super().__init__()
+        filters = (2, width), (1, width - 2, 1, 0)  # a row above, and one to the left, if 3 wide also to the right
+        self.smaller = normed(Shifted(dim, dim, *filters, stride=2)) if resize == "half" else None
+        self.larger = normed(nn.ConvTranspose2d(dim, dim, 2, 2), 1) if resize == "double" else None
+        self.first = normed(Shifted(2 * dim, dim, *filters))
+        self.second = normed(Shifted(2 * dim, 2 * dim, *filters))
+        self.more = normed(nn.Conv2d(2 * n_more, dim, 1)) if n_more else None
+        self.label = nn.Parameter(torch.zeros(n_classes, 2 * dim)) if n_classes else None
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, more: Tensor | None, labels: Tensor | None, seen: dict | None) -> Tensor:
+        x = self.smaller(x, seen) if self.smaller else self.larger(x) if self.larger else x
+        h = self.first(concat_elu(x), seen)
+        h = h + self.more(concat_elu(more)) if self.more else h
+        h = self.second(self.dropout(concat_elu(h)), seen)
+        h = h + self.label[labels][:, :, None, None] if self.label is not None else h
+        return x + F.glu(h, 1)
+
+
+class Shifted(nn.Conv2d):
+    """A convolution of x shifted: padded by (left, right, top, bottom), where below 0 cuts off.
+
+    seen: {} remembers what it sees of x; then, given the last rows of such an x, it takes those above from there.
+    """
+
+    def __init__(self, n_in: int, n_out: int, kernel: tuple, shift: tuple, stride: int = 1):
+        super().__init__(n_in, n_out, kernel, stride)
+        self.shift = shift
+
+    def forward(self, x: Tensor, seen: dict | None) -> Tensor:
+        x, top = F.pad(x, self.shift), self.shift[2]
+        if seen is not None:
+            x = torch.cat([seen.setdefault(self, x)[:, :, -x.shape[2] :][:, :, :top], x[:, :, top:]], 2)
+        return super().forward(x)
+
+
+def normed(conv: nn.Module, dim: int = 0) -> nn.Module:
+    """Put weight norm on a filter, whose outputs are the dimension `dim` of its weights; each begins with norm 1."""
+    nn.init.ones_(weight_norm(conv, dim=dim).parametrizations.weight.original0)
+    return conv
+
+
+def concat_elu(x: Tensor) -> Tensor:
+    """ELU of x and of -x: twice the channels."""
+    return F.elu(torch.cat([x, -x], 1))
 
 
 # --- block: decoder
@@ -328,8 +500,10 @@ def train(opt: Namespace) -> Path:
 def load_images(opt: Namespace) -> tuple[tuple, tuple, dict]:
     """Images (N, 1, H, W), uint8, and labels (N,), to train and to test with; no decoder."""
     data = load_data(opt)
-    if opt.channels == 3:
-        raise OSError(f"{opt.dataset} is read in colour: --channels 1, or train vqvae.py, and this on its run")
+    by_arch = "logistic" if opt.channels == 3 or opt.arch == "plusplus" else "softmax"
+    opt.likelihood = opt.likelihood or ("bernoulli" if opt.binarize else by_arch)
+    if opt.channels == 3 and opt.likelihood != "logistic":
+        raise OSError(f"{opt.dataset} is read in colour: --likelihood logistic, or --channels 1")
     opt.codebook, opt.decoder, opt.n_values = None, None, 2 if opt.binarize else 256
     if opt.dataset in DATASETS:
         return data, load_data(opt, train=False), {}
@@ -350,11 +524,14 @@ def load_codes(opt: Namespace) -> tuple[tuple, tuple, dict]:
     except Exception as e:  # torch and numpy raise many kinds
         raise OSError(f"{opt.dataset}: {e!r}; its codes: python vqvae.py --resume {opt.dataset} --n_epochs 0") from e
     made = float(state["model_avg"]["decoder.codebook"].sum())  # is another after more training
-    if opt.binarize or opt.n_classes not in (None, o.n_classes) or (vars(opt).get("codebook") or made) != made:
-        raise OSError(f"{opt.dataset}: its codes have changed, or --n_classes or --binarize do not fit; start anew")
+    if (vars(opt).get("codebook") or made) != made or opt.n_classes not in (None, o.n_classes):
+        raise OSError(f"{opt.dataset}: its codes have changed, or --n_classes does not fit; start anew")
+    if opt.likelihood not in (None, "softmax") or opt.binarize or (opt.arch == "plusplus" and x.shape[2] % 4):
+        raise OSError(f"{opt.dataset}: codes are for --likelihood softmax; plusplus takes an --img_size of 4, 8, ...")
     dims = [o.channels, *[o.hidden_dim // 2] * (o.downsample.bit_length() - 2), o.hidden_dim]
     opt.codebook, opt.n_values, opt.decoder = made, o.n_embeddings, [o.n_embeddings, o.latent_dim, dims, o.residual_dim]
     opt.channels, opt.img_size, opt.classes, opt.n_classes = o.channels, x.shape[2], o.classes, o.n_classes
+    opt.likelihood = "softmax"
     decoder = {name: weight for name, weight in state["model_avg"].items() if name.startswith("decoder.")}
     return (x[:, None], labels), (test_x[:, None], test_labels), decoder
 
@@ -365,7 +542,9 @@ def load_codes(opt: Namespace) -> tuple[tuple, tuple, dict]:
 def new_model(opt: Namespace) -> PixelCNN:
     """An untrained model of these options."""
     n_classes = opt.n_classes if opt.conditional else 0
-    model = PixelCNN(opt.arch, opt.n_values, opt.img_size, opt.hidden_dim, opt.n_layers, opt.dropout, n_classes)
+    channels = opt.channels if opt.likelihood == "logistic" else 1
+    of_layers = opt.img_size, opt.hidden_dim, opt.n_layers, opt.dropout, n_classes
+    model = PixelCNN(opt.arch, opt.likelihood, opt.n_values, channels, *of_layers)
     model.decoder = Decoder(*opt.decoder).requires_grad_(False) if opt.decoder else None
     return model
 

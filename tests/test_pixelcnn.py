@@ -20,17 +20,17 @@ def pixelcnn():
     return pixelcnn
 
 
-ARCHES = ["pixelcnn", "gated"]
+ARCHES = ["pixelcnn", "gated", "plusplus"]
 EVERY = torch.tensor(list(itertools.product((0, 1), repeat=16))).view(-1, 1, 4, 4)  # all binary images of 4x4
 
 
-def tiny(pixelcnn, arch, n_values=2, size=4, n_layers=2, n_classes=0, steps=20):
+def tiny(pixelcnn, arch, n_values=2, size=4, n_layers=2, n_classes=0, steps=20, channels=1, likelihood="softmax"):
     """A small network in float64 that has taken some training steps, so that nothing is as it began."""
     torch.manual_seed(0)
-    model = pixelcnn.PixelCNN(arch, n_values, size, 4, n_layers, 0.0, n_classes).double()
+    model = pixelcnn.PixelCNN(arch, likelihood, n_values, channels, size, 4, n_layers, 0.0, n_classes).double()
     optimizer = torch.optim.Adam(model.parameters(), 0.02)
     for _ in range(steps):
-        x = torch.randint(n_values, (16, 1, size, size))
+        x = torch.randint(n_values, (16, channels, size, size))
         x[:, :, 1:] = x[:, :, :1]  # columns
         pixelcnn.train_step(model, optimizer, x, torch.arange(16) % n_classes if n_classes else None)
     model.conditional = n_classes > 0
@@ -47,10 +47,11 @@ def probabilities(model, k):
 # ---------------------------------------------------------------- the probability
 
 
-@pytest.mark.parametrize("arch", ARCHES)
-@pytest.mark.parametrize("n_classes", [0, 3])
+@pytest.mark.parametrize(
+    "arch, n_classes", [("pixelcnn", 0), ("pixelcnn", 3), ("gated", 0), ("gated", 3), ("plusplus", 3)]
+)
 def test_the_probabilities_of_all_images_add_up(pixelcnn, arch, n_classes):
-    model = tiny(pixelcnn, arch, n_classes=n_classes)
+    model = tiny(pixelcnn, arch, n_layers=1 if arch == "plusplus" else 2, n_classes=n_classes).float()
     found = [probabilities(model, k) for k in range(2 if n_classes else 1)]
     for p in found:
         assert p.sum().item() == pytest.approx(1, abs=1e-4)
@@ -60,12 +61,12 @@ def test_the_probabilities_of_all_images_add_up(pixelcnn, arch, n_classes):
 
 @pytest.mark.parametrize("arch", ARCHES)
 def test_no_position_sees_a_later_one(pixelcnn, arch):
-    """Gradients of a position's logits in the vectors of all: none from itself or from later ones."""
-    size = 11
-    model = tiny(pixelcnn, arch, n_values=5, size=size, n_layers=3)
+    """Gradients of a position's features in the vectors of all: none from itself or from later ones."""
+    size = 12
+    model = tiny(pixelcnn, arch, n_values=5, size=size, n_layers=3 if arch != "plusplus" else 1)
     e = model.embed(torch.randint(5, (1, size, size))).movedim(-1, 1).requires_grad_()
-    out = model.out(model.stack(e, None))
-    for i, j in [(0, 0), (0, 5), (5, 0), (6, 4), (10, 10)]:
+    out = model.stack(e, None)
+    for i, j in [(0, 0), (0, 5), (5, 0), (6, 4), (7, 3), (8, 8), (9, 11), (10, 10), (11, 11)]:
         seen = torch.autograd.grad(out[0, :, i, j].sum(), e, retain_graph=True)[0].abs().sum((0, 1)) > 0
         before = torch.arange(size**2).view(size, size) < i * size + j
         assert not (seen & ~before).any()
@@ -74,8 +75,22 @@ def test_no_position_sees_a_later_one(pixelcnn, arch):
         assert (seen | ~near).all()
         if arch == "pixelcnn":  # what is up and to the right, further than that and one a layer a row, is never seen
             assert not (seen & before & (columns - j > 3 + (i - rows).clamp(max=3))).any()
-        else:  # each of the 3 layers reaches one position further
+        elif arch == "gated":  # each of the 3 layers reaches one position further
             assert not (seen & ((rows < i - 6) | (abs(columns - j) > 6))).any()
+
+
+def test_the_sizes_of_plusplus(pixelcnn):
+    """Whole, half and quarter, and back; the way up has the ways down's short cuts."""
+    seen = []
+    stack = pixelcnn.PixelCNN("plusplus", "softmax", 3, 1, 16, 8, 2, 0.5, 0).stack
+    for block in stack.modules():
+        if isinstance(block, pixelcnn.PlusPlusBlock):
+            block.register_forward_hook(lambda block, args, out: seen.append((out.shape[3], out.shape[2])))
+    stack(torch.randn(2, 3, 16, 16), None)
+    assert seen == [(n, n) for n in (16, 16, 8, 8, 4, 4, 4, 8, 8, 16, 16, 16) for _ in "ud"]
+    assert all(m.p == 0.5 for m in stack.modules() if isinstance(m, torch.nn.Dropout))
+    filters = [m for m in stack.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.ConvTranspose2d))]
+    assert all(torch.nn.utils.parametrize.is_parametrized(m, "weight") for m in filters)
 
 
 def test_the_masks(pixelcnn):
@@ -88,51 +103,61 @@ def test_the_masks(pixelcnn):
 def test_everything_is_learnt(pixelcnn, arch):
     """The vectors of the values, the biases of the positions and, in every layer, both halves of the labels'."""
     torch.manual_seed(0)
-    model = pixelcnn.PixelCNN(arch, 3, 4, 16, 3, 0.0, 2)
+    model = pixelcnn.PixelCNN(arch, "softmax", 3, 1, 4, 16, 3, 0.0, 2)
     x = torch.randint(3, (20, 1, 4, 4))
     pixelcnn.train_step(model, torch.optim.SGD(model.parameters(), 0.1), x, torch.arange(20) % 2)
     for name, p in model.named_parameters():
-        first, second = p.grad.flatten(1).chunk(2, 1) if p.ndim > 1 else (p.grad, p.grad)
+        first, second = p.grad.flatten(1).chunk(2, 1) if p[0].numel() > 1 else (p.grad, p.grad)
         assert first.any() and second.any(), name
-    assert len(model.stack.labels) == 3
+    labels = [name for name, p in model.named_parameters() if "label" in name and p.shape[0] == 2]
+    assert len(labels) == (36 if arch == "plusplus" else 3)
 
 
 def test_dropout_reaches_the_network(pixelcnn, small):
-    run = pixelcnn.train(pixelcnn.parse_args([*small, "--n_epochs", "0", "--dropout", "0.4"]))
-    assert pixelcnn.load(run).stack.dropout.p == 0.4
+    for arch, given, wanted in (("gated", ["--dropout", "0.4"], 0.4), ("plusplus", [], 0.5), ("pixelcnn", [], 0)):
+        run = pixelcnn.train(pixelcnn.parse_args([*small, "--n_epochs", "0", "--arch", arch, *given]))
+        stack = pixelcnn.load(run).stack
+        drops = [m.p for m in stack.modules() if isinstance(m, (torch.nn.Dropout, torch.nn.Dropout2d))]
+        assert drops and set(drops) == {wanted}
 
 
 def test_the_blind_spot(pixelcnn):
-    """With a first filter of 7x7 and enough layers, gated sees all that came before, pixelcnn never the upper right."""
-    for arch, sees in (("pixelcnn", False), ("gated", True)):
-        model = tiny(pixelcnn, arch, n_values=3, size=12, n_layers=9, steps=1)
+    """With enough layers, all that came before is seen, but for pixelcnn the upper right."""
+    for arch, sees in (("pixelcnn", False), ("gated", True), ("plusplus", True)):
+        model = tiny(pixelcnn, arch, n_values=3, size=12, n_layers=2 if arch == "plusplus" else 9, steps=1)
         e = model.embed(torch.randint(3, (1, 12, 12))).movedim(-1, 1).requires_grad_()
-        out = model.out(model.stack(e, None))
+        out = model.stack(e, None)
         seen = torch.autograd.grad(out[0, :, 11, 2].sum(), e)[0].abs().sum((0, 1)) > 0
         assert seen[10, 7:].any() == sees and seen[8].any()
         assert seen[:11].all() == sees
 
 
 @pytest.mark.parametrize("arch", ARCHES)
-def test_log_prob_is_the_sum_of_the_conditionals(pixelcnn, arch):
+@pytest.mark.parametrize("likelihood, n_values, channels", [("softmax", 6, 1), ("logistic", 256, 3)])
+def test_log_prob_is_the_sum_of_the_conditionals(pixelcnn, arch, likelihood, n_values, channels):
     """Of each position given those before it, computed one at a time with the later ones set to something else."""
-    model = tiny(pixelcnn, arch, n_values=6)
-    x = torch.randint(6, (3, 1, 4, 4))
+    model = tiny(pixelcnn, arch, n_values, channels=channels, likelihood=likelihood)
+    x = torch.randint(n_values, (3, channels, 4, 4))
     total = torch.zeros(3, dtype=torch.float64)
     for i, j in itertools.product(range(4), repeat=2):
-        other = torch.randint(6, (3, 1, 4, 4))
+        other = torch.randint(n_values, x.shape)
         keep = (torch.arange(16) < 4 * i + j).view(4, 4)
-        logits = model(torch.where(keep, x, other))[:, :, i, j]
-        total += logits.log_softmax(1)[torch.arange(3), x[:, 0, i, j]]
+        out, value = model(torch.where(keep, x, other))[:, :, i, j], x[:, :, i, j]
+        if likelihood == "logistic":
+            total += pixelcnn.logistic_log_prob(out, value)
+        else:
+            total += out.log_softmax(1)[torch.arange(3), value[:, 0]]
     torch.testing.assert_close(model.log_prob(x).double(), total, rtol=1e-5, atol=1e-5)
 
 
 def test_grey_levels_in_0_to_1_are_refused(pixelcnn):
     """They would all be the value 0."""
-    model = tiny(pixelcnn, "gated", steps=0)
-    for call in (model.log_prob, lambda x: model.sample(2, given=x, rows=2)):
-        with pytest.raises(RuntimeError, match="Long"):
-            call(torch.rand(2, 1, 4, 4))
+    for likelihood in ("softmax", "logistic"):
+        model = tiny(pixelcnn, "gated", 256, likelihood=likelihood, steps=0)
+        with pytest.raises(TypeError, match="0 to 255"):
+            model.log_prob(torch.rand(2, 1, 4, 4))
+        with pytest.raises(TypeError, match="0 to 255"):
+            model.sample(2, given=torch.rand(2, 1, 4, 4), rows=2)
 
 
 def test_the_test(pixelcnn):
@@ -144,10 +169,113 @@ def test_the_test(pixelcnn):
     assert row["test_bits_per_dim"] == pytest.approx(nats / math.log(2) / 16, rel=1e-5)
 
 
+# ---------------------------------------------------------------- the mixture of logistics
+
+
+def mixtures(n, channels, seed=0, extreme=1.0):
+    """Parameters of n mixtures of 5, float64: means all over [-1, 1] and beyond, scales from sharp to flat."""
+    torch.manual_seed(seed)
+    size = 1 + 2 * channels + channels * (channels - 1) // 2
+    out = torch.randn(n, 5, size, dtype=torch.float64)
+    out[:, :, 1 + channels : 1 + 2 * channels] = out[:, :, 1 + channels : 1 + 2 * channels] * 2 - 3  # of scales
+    return (extreme * out).flatten(1)
+
+
+def by_distributions(out, x):
+    """p(x) of values x (N, C) as differences of cumulative distribution functions."""
+    n, c = x.shape
+    out = out.view(n, 5, -1)
+    share = out[:, :, 0].softmax(1)
+    scaled, p = x.double() / 127.5 - 1, share
+    for k in range(c):
+        mean, log_scale = out[:, :, 1 + k], out[:, :, 1 + c + k].clamp(-7, 7)
+        if k == 1:
+            mean = mean + out[:, :, 1 + 2 * c].tanh() * scaled[:, :1]
+        if k == 2:
+            mean = mean + out[:, :, 8].tanh() * scaled[:, :1] + out[:, :, 9].tanh() * scaled[:, 1:2]
+        logistic = torch.distributions.TransformedDistribution(
+            torch.distributions.Uniform(torch.zeros_like(mean), torch.ones_like(mean)),
+            [
+                torch.distributions.SigmoidTransform().inv,
+                torch.distributions.AffineTransform(mean, log_scale.exp()),
+            ],
+            validate_args=False,
+        )
+        value, edge = scaled[:, k : k + 1], 1 / 255
+        low = torch.where(x[:, k : k + 1] == 0, 0.0, logistic.cdf(value - edge))
+        p = p * (torch.where(x[:, k : k + 1] == 255, 1.0, logistic.cdf(value + edge)) - low)
+    return p.sum(1)
+
+
+def test_grey_probabilities_add_up(pixelcnn):
+    out = mixtures(50, 1)
+    x = torch.arange(256).repeat(50)[:, None]
+    p = pixelcnn.logistic_log_prob(out.repeat_interleave(256, 0), x).exp().view(50, 256)
+    torch.testing.assert_close(p.sum(1), torch.ones(50, dtype=torch.float64))
+    assert p.max() > 0.5 and p.min() < 1e-6
+
+
+def test_colour_probabilities_add_up(pixelcnn):
+    """Over blue to those of red and green, and these over green to those of red alone."""
+    out = mixtures(20, 3)
+    red, green = torch.randint(256, (2, 20))
+    parts = out.view(20, 5, 10)
+    of_two = parts[:, :, [0, 1, 2, 4, 5, 7]].flatten(1)
+    x = torch.stack([red, green], 1).repeat_interleave(256, 0)
+    x = torch.cat([x, torch.arange(256).repeat(20)[:, None]], 1)
+    p = pixelcnn.logistic_log_prob(out.repeat_interleave(256, 0), x).exp().view(20, 256)
+    wanted = by_distributions(of_two, torch.stack([red, green], 1))
+    torch.testing.assert_close(p.sum(1), wanted)
+    assert not torch.allclose(p.sum(1), by_distributions(of_two, torch.stack([red, 255 - green], 1)))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_it_is_a_difference_of_logistic_distribution_functions(pixelcnn, channels):
+    out = mixtures(3000, channels, seed=1)
+    x = torch.randint(256, (3000, channels))
+    x[:900:3], x[1:900:3] = 0, 255  # the lowest and highest values have the tails
+    p = pixelcnn.logistic_log_prob(out, x).exp()
+    torch.testing.assert_close(p, by_distributions(out, x), rtol=1e-6, atol=1e-13)
+    assert p.max() > 0.1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_log_probabilities_and_gradients_stay_finite(pixelcnn, channels):
+    for extreme in (1, 30, 1000):
+        out = mixtures(3000, channels, extreme=extreme).float().requires_grad_()
+        x = torch.randint(256, (3000, channels))
+        x[:1000], x[1000:2000] = 0, 255
+        log_p = pixelcnn.logistic_log_prob(out, x)
+        (gradient,) = torch.autograd.grad(log_p.sum(), out)
+        assert log_p.isfinite().all() and (log_p <= 1e-5).all() and gradient.isfinite().all() and gradient.any()
+
+
+def test_drawn_colours_follow_the_probabilities(pixelcnn):
+    """A few narrow logistics, so that few colours are likely, and each channel depends on those before."""
+    torch.manual_seed(0)
+    out = torch.zeros(1, 5, 10)
+    out[0, :, 0] = torch.tensor([0.0, 1.0, 0.5, -1.0, 0.0])
+    out[0, :, 1:4] = torch.randn(5, 3) * 0.7
+    out[0, 0, 1:4] = 1.5  # brighter than white
+    out[0, :, 4:7] = -6.2
+    out[0, :, 7:] = torch.randn(5, 3)
+    out = out.flatten(1)
+    x = pixelcnn.logistic_draw(out.expand(200_000, -1), 3)
+    assert x.shape == (200_000, 3) and x.dtype == torch.int64 and x.min() >= 0 and x.max() == 255
+    colours, counts = x.unique(dim=0, return_counts=True)
+    top = counts.topk(30).indices
+    wanted = pixelcnn.logistic_log_prob(out.expand(30, -1), colours[top]).exp()
+    torch.testing.assert_close(counts[top] / 200_000, wanted, rtol=0.1, atol=0)
+    found = pixelcnn.logistic_log_prob(out.expand(len(colours), -1), colours).exp()
+    assert 0.97 < found.sum() <= 1.0001  # nothing that is likely is missing
+    cold = pixelcnn.logistic_draw(out.expand(1000, -1), 3, temperature=0.001)
+    assert len(cold.unique(dim=0)) == 1
+
+
 # ---------------------------------------------------------------- drawing
 
 
-@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("arch", ["pixelcnn", "gated"])
 def test_what_is_drawn_follows_the_probabilities(pixelcnn, arch):
     torch.manual_seed(0)
     model = tiny(pixelcnn, arch, n_classes=2).float()
@@ -161,23 +289,42 @@ def test_what_is_drawn_follows_the_probabilities(pixelcnn, arch):
 
 
 @pytest.mark.parametrize("arch", ARCHES)
-def test_rows_are_enough(pixelcnn, arch):
-    """Draw for draw the same as with the whole picture."""
-    model = tiny(pixelcnn, arch, n_values=7, size=6, n_classes=2)
+@pytest.mark.parametrize("likelihood, n_values, channels", [("softmax", 7, 1), ("logistic", 256, 3)])
+def test_rows_are_enough(pixelcnn, arch, likelihood, n_values, channels):
+    """Draw for draw the same as with the whole picture, so that plusplus follows its probabilities, too."""
+    model = tiny(pixelcnn, arch, n_values, 8, 1, 2, channels=channels, likelihood=likelihood)
     labels = torch.tensor([0, 1, 1])
     torch.manual_seed(5)
-    by_rows = model.sample(3, labels)
+    by_rows = model.sample(3, labels, temperature=0.9)
     torch.manual_seed(5)
-    x = torch.zeros(3, 1, 6, 6, dtype=torch.long)
-    for i, j in itertools.product(range(6), repeat=2):
-        x[:, 0, i, j] = torch.distributions.Categorical(logits=model(x, labels)[:, :, i, j].float()).sample()
+    x = torch.zeros(3, channels, 8, 8, dtype=torch.long)
+    for i, j in itertools.product(range(8), repeat=2):
+        out = model(x, labels)[:, :, i, j]
+        if likelihood == "logistic":
+            x[:, :, i, j] = pixelcnn.logistic_draw(out, 3, 0.9)
+        else:
+            x[:, 0, i, j] = torch.distributions.Categorical(logits=out / 0.9).sample()
     assert torch.equal(by_rows, x) and len(x.unique()) > 3
+    nats = model.log_prob(x, labels)
+    assert torch.equal(nats, model.log_prob(x, labels))  # drawing leaves nothing behind
+
+
+def test_weight_norm_is_computed_once_for_a_drawing(pixelcnn, monkeypatch):
+    calls, norm = [], torch.nn.utils.parametrizations._WeightNorm.forward
+    monkeypatch.setattr(
+        torch.nn.utils.parametrizations._WeightNorm, "forward", lambda *args: (calls.append(1), norm(*args))[1]
+    )
+    model = tiny(pixelcnn, "plusplus", n_layers=1, steps=0)
+    filters = sum(hasattr(m, "parametrizations") for m in model.modules())
+    calls.clear()
+    model.sample(2)
+    assert len(calls) == filters > 20
 
 
 @pytest.mark.parametrize("arch", ARCHES)
 def test_completion_keeps_what_is_given(pixelcnn, arch):
-    model = tiny(pixelcnn, arch, n_values=7, size=6)
-    given = torch.randint(7, (20, 1, 6, 6))
+    model = tiny(pixelcnn, arch, n_values=7, size=8, n_layers=1)
+    given = torch.randint(7, (20, 1, 8, 8))
     before = given.clone()
     x = model.sample(20, given=given, rows=2)
     assert torch.equal(given, before) and torch.equal(x[:, :, :2], given[:, :, :2])
@@ -271,9 +418,45 @@ def test_completion_picture(pixelcnn, small):
             assert torch.equal(cell[:4], row[0][:4]) and not torch.equal(cell[4:], row[0][4:])
 
 
-def test_colour_is_refused(pixelcnn, small, refused, tmp_path):
-    refused(pixelcnn, *small[:-2], "--n_epochs", 1, "--channels", 3, says=["colour", "--channels 1", "vqvae.py"])
+def test_which_likelihood_by_the_data(pixelcnn, small):
+    for arguments, likelihood, channels in [
+        (["--arch", "pixelcnn"], "softmax", 1),
+        (["--arch", "plusplus"], "logistic", 1),
+        (["--arch", "plusplus", "--binarize"], "bernoulli", 1),
+        (["--likelihood", "logistic"], "logistic", 1),
+        (["--channels", "3", "--arch", "plusplus", "--conditional"], "logistic", 3),
+        (["--channels", "3"], "logistic", 3),
+    ]:
+        options = [*small, "--n_epochs", "0", "--batch_size", "48", *arguments]
+        run = pixelcnn.train(pixelcnn.parse_args(options))
+        model = pixelcnn.load(run)
+        assert model.options["likelihood"] == likelihood and model.logistic == (likelihood == "logistic")
+        x = model.sample(2, torch.tensor([0, 1]))
+        assert x.shape == (2, channels, 8, 8) and Image.open(run / "completion.png").size == (82, 62)
+        assert model.log_prob(x, torch.tensor([0, 1])).isfinite().all()
+        assert pixelcnn.parse_args(["--resume", str(run), "--n_epochs", "2"]).likelihood == likelihood
+
+
+def test_colour_needs_the_logistic_likelihood(pixelcnn, small, refused, tmp_path):
+    arguments = (*small[:-2], "--n_epochs", 1, "--channels", 3, "--likelihood", "softmax")
+    refused(pixelcnn, *arguments, says=["colour", "--channels 1", "--likelihood logistic"])
+    refused(pixelcnn, *small[:-2], "--n_epochs", 1, "--channels", 3, "--binarize", says=["colour", "--channels 1"])
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_it_learns_colours(pixelcnn, arch):
+    """Of a pixel, green goes with red, and blue against it: a value then costs less than one of its own would."""
+    torch.manual_seed(0)
+    model = pixelcnn.PixelCNN(arch, "logistic", 256, 3, 4, 8, 1, 0.0, 0)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(100):
+        red = torch.randint(256, (16, 1, 4, 4))
+        x = torch.cat([red, (red + torch.randint(-4, 5, red.shape)).clamp(0, 255), 255 - red], 1)
+        loss = pixelcnn.train_step(model, optimizer, x, None)["nats"]
+    assert loss / 48 / math.log(2) < 6  # 8 of red, 3 of green and none of blue would be 3.7, without the others 8
+    drawn = model.sample(50).float() - 127.5
+    assert torch.corrcoef(drawn.movedim(1, 0).flatten(1))[0, 1:].tolist() == pytest.approx([1, -1], abs=0.2)
 
 
 @pytest.mark.parametrize(
@@ -284,6 +467,8 @@ def test_colour_is_refused(pixelcnn, small, refused, tmp_path):
         (["--likelihood", "poisson"], ["--likelihood"]),
         (["--hidden_dim", "1"], ["--hidden_dim"]),
         (["--n_layers", "0"], ["--n_layers"]),
+        (["--arch", "plusplus", "--img_size", "30"], ["--img_size 30", "multiple of 4"]),
+        (["--binarize", "--likelihood", "logistic"], ["--binarize", "bernoulli"]),
         (["--dropout", "1"], ["--dropout"]),
         (["--temperature", "0"], ["--temperature"]),
         (["--labels", "1"], ["--labels", "--conditional"]),
@@ -378,14 +563,18 @@ def test_codes_of_another_checkpoint(pixelcnn, codes, refused, command, tmp_path
     (codes / "codes.npz").unlink()
     refused(pixelcnn, "--dataset", codes, *PRIOR, says=says)
     assert command(vqvae, "--resume", codes, "--n_epochs", 0) == (0, [])
-    refused(pixelcnn, "--dataset", codes, "--binarize", *PRIOR, says=["--binarize"])
+    refused(pixelcnn, "--dataset", codes, "--binarize", *PRIOR, says=["--likelihood softmax"])
+    refused(pixelcnn, "--dataset", codes, "--likelihood", "logistic", *PRIOR, says=["--likelihood softmax"])
     refused(pixelcnn, "--dataset", codes, "--n_classes", 4, *PRIOR, says=["--n_classes"])
     refused(pixelcnn, "--dataset", run, *PRIOR, says=["pixelcnn.py, 12 batches", "vqvae.py"])
 
 
-def test_a_resumed_prior_is_exact(pixelcnn, codes):
-    whole = pixelcnn.train(pixelcnn.parse_args(["--dataset", str(codes), *PRIOR]))
-    part = pixelcnn.train(pixelcnn.parse_args(["--dataset", str(codes), *PRIOR, "--n_epochs", "1"]))
+@pytest.mark.parametrize("arch", ["gated", "plusplus"])
+def test_a_resumed_prior_is_exact(pixelcnn, codes, arch):
+    """With dropout, in plusplus."""
+    options = ["--dataset", str(codes), *PRIOR, "--arch", arch, "--conditional"]
+    whole = pixelcnn.train(pixelcnn.parse_args(options))
+    part = pixelcnn.train(pixelcnn.parse_args([*options, "--n_epochs", "1"]))
     pixelcnn.train(pixelcnn.parse_args(["--resume", str(part), "--n_epochs", "2"]))
     one, two = (pixelcnn.load(run).state_dict() for run in (whole, part))
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)

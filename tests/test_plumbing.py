@@ -66,7 +66,8 @@ DEFAULTS = {
     "vqvae": COMMON | VQVAE | dict(img_size=32, out_dir="runs/vqvae", encode=None, decode=None),
     "pixelcnn": COMMON | PIXELCNN | dict(img_size=28, out_dir="runs/pixelcnn", labels=None, temperature=1.0),
 }
-FOUND_LATER = (("gan", "img_size"), ("cgan", "noise"), ("vae", "hidden_dims"))  # by --arch
+FOUND_LATER = [("gan", "img_size"), ("cgan", "noise"), ("vae", "hidden_dims")]  # by --arch
+FOUND_LATER += [("pixelcnn", "n_layers"), ("pixelcnn", "dropout")]
 
 
 def test_options_and_defaults(script):

@@ -41,8 +41,8 @@ for mode in ("ema", "loss"):
     vqvae.train_step(model, sgd(model), real[mine], torch.tensor(0.1), opt)
     gradients |= {{f"vqvae {{mode}} {{k}}": p.grad for k, p in enumerate(model.parameters()) if p.grad is not None}}
     gradients |= {{f"vqvae {{mode}} codebook": model.codebook.detach(), f"vqvae {{mode}} counts": model.counts}}
-for arch in ("pixelcnn", "gated"):
-    model = pixelcnn.PixelCNN(arch, 2, 16, 4, 2, 0.0, 3)
+for arch in ("pixelcnn", "gated", "plusplus"):
+    model = pixelcnn.PixelCNN(arch, "bernoulli", 2, 1, 16, 4, 2, 0.0, 3)
     pixelcnn.train_step(model, sgd(model), (real[mine] > 0.5).long(), labels[mine])
     gradients |= {{f"pixelcnn {{arch}} {{k}}": p.grad for k, p in enumerate(model.parameters())}}
 torch.save(gradients, f"{{cgan.WORLD}}.{{cgan.RANK}}.pt")
