@@ -9,13 +9,13 @@ A convolutional network that sees no later position gives all factors at once; d
 --arch pixelcnn: van den Oord et al. 2016, arXiv:1601.06759; its masked filters have a blind spot, above to the right.
 --arch gated: van den Oord et al. 2016, arXiv:1606.05328; filters for the rows above and for the row itself leave none.
 --arch plusplus: PixelCNN++, Salimans et al. 2017, arXiv:1701.05517; on three sizes, down and up again with short cuts.
---likelihood logistic: its mixture for grey levels and colours, in any arch. --conditional: 1606.05328, equation 4.
-Beyond the papers, each position has a learnt bias of its own. Codes: van den Oord et al. 2017, arXiv:1711.00937. What
-is tested, drawn and kept is the model with averaged weights (Polyak & Juditsky 1992).
+--likelihood logistic: its mixture and last filter, for grey levels and colours, in any arch. --conditional: a bias for
+each label, as in gated. Beyond the papers, each position has one, too. Codes: van den Oord et al. 2017,
+arXiv:1711.00937. What is tested, drawn and kept is the model with averaged weights (Polyak & Juditsky 1992).
 
     python pixelcnn.py --binarize --n_epochs 5     # MNIST in black and white; without a network: built-in digits
     python pixelcnn.py --dataset runs/vqvae        # the codes of a run of vqvae.py: its prior
-    python pixelcnn.py --dataset path/to/folder --img_size 32 --arch plusplus    # images in colour
+    python pixelcnn.py --arch plusplus --dataset path/to/folder --img_size 32   # colour
     python pixelcnn.py --resume runs/pixelcnn --generate 100
 """
 
@@ -68,7 +68,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--binarize", **flag, help="draw black and white pixels from grey ones, anew each time")
     add("--conditional", **flag, help="draw given the label")
     add("--hidden_dim", type=number(int, 2), default=32, help="channels of a layer, 2 or more")
-    add("--n_layers", type=number(int, 1), help="None: 8; in plusplus, on each size, down and up, 1")
+    add("--n_layers", type=number(int, 1), help="None: 8; plusplus: 1 on each size, and as many in all going up")
     add("--dropout", type=number(float, below=1), help="share of features to drop, in [0, 1); None: 0, plusplus 0.5")
     add("--ema", type=number(float, below=1), default=0.999, help="decay of the model's average, in [0, 1); 0: off")
     add("--img_size", type=number(int, 1), default=28, help="side of the images; of codes: theirs")
@@ -76,7 +76,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--n_classes", type=number(int, 1), help="number of classes; None: the data's")
     add("--sample_interval", type=number(int, 1), default=4000, help="batches between sample grids")
     add("--n_cpu", type=number(int), default=8, help="processes to decode a folder, at most")
-    add("--dataset", help="mnist, fashion_mnist, digits, a folder, or a run of vqvae.py; None: mnist, or else digits")
+    add("--dataset", help=f"{', '.join(DATASETS)}, a folder or a run of vqvae.py; None: mnist, or else digits")
     add("--data_dir", default="data", help="where data sets are or come to")
     add("--out_dir", default=f"runs/{SCRIPT}", help="the run's folder; in use: a number is added")
     add("--seed", type=number(int), default=0, help="same seed: same images, on a CPU with as many threads")
@@ -105,7 +105,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 class PixelCNN(nn.Module):
     """p(x) of whole numbers x (N, channels, size, size) below n_values; labels (N,) matter if n_classes > 0.
 
-    likelihood of the values of a position: logistic, for 256 values in 1 or 3 channels; else for 1 channel alone.
+    likelihood of the values of a position: logistic, for 256 values in 1 or 3 channels; else x has 1 channel.
     """
 
     def __init__(
@@ -121,18 +121,20 @@ class PixelCNN(nn.Module):
         n_classes: int,
     ):
         super().__init__()
-        self.size, self.n_values, self.channels = size, n_values, channels
         self.logistic, self.decoder = likelihood == "logistic", None  # codes get their decoder in new_model
+        self.size, self.n_values, self.channels = size, n_values, channels if self.logistic else 1
         n_in, n_out = (channels, 10 * sum(LOGISTIC[channels])) if self.logistic else (min(n_values, dim), n_values)
         self.embed = None if self.logistic else nn.Embedding(n_values, n_in)
         stack = {"pixelcnn": MaskedStack, "gated": GatedStack, "plusplus": PlusPlusStack}[arch]
         self.stack = stack(n_in, size, dim, n_layers, dropout, n_classes)
         self.out = nn.Sequential(nn.ReLU(), nn.Conv2d(dim, 2 * dim, 1), nn.ReLU(), nn.Conv2d(2 * dim, n_out, 1))
+        if arch == "plusplus" or self.logistic:  # as in arXiv:1701.05517; a mean is nearly a sum of pixels
+            self.out = nn.Sequential(nn.ELU(), normed(nn.Conv2d(dim, n_out, 1)))
 
     def vectors(self, x: Tensor) -> Tensor:
         """Values (N, channels, H, W), int64 -> a vector of each position (N, ., H, W). Raises TypeError for floats."""
         if x.is_floating_point():
-            raise TypeError(f"x must be whole numbers, from 0 to {self.n_values - 1}, of type int64")
+            raise TypeError(f"x must be of type int64, with values from 0 to {self.n_values - 1}")
         return self.embed(x[:, 0]).movedim(-1, 1) if self.embed else (x / 127.5 - 1).type_as(self.stack.place)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -155,13 +157,13 @@ class PixelCNN(nn.Module):
         self, n: int, labels: Tensor | None = None, given: Tensor | None = None, rows: int = 0, temperature: float = 1.0
     ) -> Tensor:
         """n new x (n, channels, size, size), position by position. given: x whose first `rows` rows stay."""
-        if given is None:
-            given = self.stack.place.new_zeros(1, self.channels, self.size, self.size, dtype=int)
-        x = given.expand(n, -1, -1, -1).clone()
+        x = self.stack.place.new_zeros(1, self.channels, self.size, self.size, dtype=int) if given is None else given
+        x = x.expand(n, -1, -1, -1).clone()
         for i in range(rows, self.size):
             last_row = self.stack.last_row(self.vectors(x[:, :, : i + 1]), labels)  # what is above is looked at once
             for j in range(self.size):
-                out = self.out(last_row(self.vectors(x[:, :, i : i + 1]))[..., j : j + 1])[:, :, 0, 0].nan_to_num()
+                out = self.out(last_row(self.vectors(x[:, :, i : i + 1]))[..., j : j + 1])[:, :, 0, 0]
+                out = out.float().nan_to_num(0, 1e9, -1e9)  # in bfloat16 a random number is 0 too often
                 if self.logistic:
                     x[:, :, i, j] = logistic_draw(out, self.channels, temperature)
                 else:
@@ -204,10 +206,10 @@ def logistic_log_prob(out: Tensor, x: Tensor) -> Tensor:
 
 
 def logistic_draw(out: Tensor, channels: int, temperature: float = 1.0) -> Tensor:
-    """Values (N, channels) from 0 to 255, drawn from the mixtures of out (N, .)."""
+    """Values (N, channels) from 0 to 255 of the mixtures out (N, .); a low temperature: by the likeliest's mean."""
     x = out.new_zeros(len(out), channels)
     k = torch.distributions.Categorical(logits=logistics(out, x)[0] / temperature).sample()
-    out = out.unflatten(1, (-1, sum(LOGISTIC[channels])))[torch.arange(len(out)), k]  # a mixture of one
+    out = out.unflatten(1, (-1, sum(LOGISTIC[channels]))).take_along_dim(k[:, None, None], 1)[:, 0]  # the k-th alone
     for c in range(channels):  # its mean depends on those before
         _, mean, scale = logistics(out, x / 127.5 - 1)
         drawn = mean[:, 0, c] + temperature * scale[:, 0, c] * torch.rand_like(x[:, c]).logit()
@@ -286,10 +288,10 @@ class GatedStack(nn.Module):
         return lambda row: self(row, labels, above)
 
 
-def gate(h: Tensor) -> Tensor:
-    """tanh of the first half of the channels times sigmoid of the second."""
+def gate(h: Tensor, tanh: bool = True) -> Tensor:
+    """The first half of the channels, or tanh of it, times sigmoid of the second."""
     a, b = (half.contiguous(memory_format=torch.channels_last) for half in h.chunk(2, 1))  # faster than as they lie
-    return a.tanh() * b.sigmoid()
+    return (a.tanh() if tanh else a) * b.sigmoid()
 
 
 class PlusPlusStack(nn.Module):
@@ -304,32 +306,30 @@ class PlusPlusStack(nn.Module):
         self.first_u = normed(Shifted(n_in, dim, (3, 7), (3, 3, 3, -1)))
         self.first_ul = normed(Shifted(n_in, dim, (1, 3), (3, -1, 0, 0)))
         self.down, self.up, same = nn.ModuleList(), nn.ModuleList(), (dim, dropout, n_classes)
-        for i in range(3 * n_layers):  # on the whole, half and quarter size; what down[i] halves, up[-1 - i] doubles
-            half, double = ("half", "double") if i in (n_layers, 2 * n_layers) else ("", "")
-            self.down.append(nn.ModuleList([PlusPlusBlock(3, 0, half, *same), PlusPlusBlock(2, dim, half, *same)]))
-            pair = PlusPlusBlock(3, dim, double, *same), PlusPlusBlock(2, 2 * dim, double, *same)
-            self.up.insert(0, nn.ModuleList(pair))
+        for i in range(3 * n_layers):  # on the whole, half and quarter size; what down[i] halves, up[i] doubles
+            down, up = ("half", "double") if i in (n_layers, 2 * n_layers) else ("", "")
+            self.down.append(nn.ModuleList([PlusPlusBlock(3, 0, down, *same), PlusPlusBlock(2, dim, down, *same)]))
+            self.up.append(nn.ModuleList([PlusPlusBlock(3, dim, up, *same), PlusPlusBlock(2, 2 * dim, up, *same)]))
 
     def forward(self, e: Tensor, labels: Tensor | None, top: int = 0, seen: dict | None = None) -> Tensor:
-        u = self.first_u(e, seen) + self.place[:, :, top : top + e.shape[2]]
+        u = self.place[:, :, top : top + e.shape[2]] + self.first_u(e, seen)  # place first: its memory format stays
         ul, cuts = u + self.first_ul(e, seen), []
         for u_block, ul_block in self.down:
             cuts.append((u, ul))
             u = u_block(u, None, labels, seen)
             ul = ul_block(ul, u, labels, seen)
-        for (u_block, ul_block), (u_cut, ul_cut) in zip(self.up, cuts[::-1]):
+        for (u_block, ul_block), (u_cut, ul_cut) in zip(reversed(self.up), reversed(cuts)):
             u = u_block(u, u_cut, labels, seen)
             ul = ul_block(ul, torch.cat([u, ul_cut], 1), labels, seen)
         return ul
 
     def last_row(self, e: Tensor, labels: Tensor | None) -> Callable:
         """As in MaskedStack; but only four rows, one of a quarter of the size, see anew, and remember those above."""
-        last, seen = e.shape[2] - 1, {}
-        top, i = last // 4 * 4, last % 4  # of the four, and of the row among them
-        four = F.pad(e[:, :, top:], (0, 0, 0, 3 - i))
-        self(torch.cat([e[:, :, :top], four], 2), labels, 0, seen)
+        fours, i = divmod(e.shape[2] - 1, 4)  # those above; and of its own four, which one is the row
+        four, seen = F.pad(e[:, :, 4 * fours :], (0, 0, 0, 3 - i)), {}
+        self(torch.cat([e[:, :, : 4 * fours], four], 2), labels, 0, seen)
         above, below = four[:, :, :i], four[:, :, i + 1 :]
-        return lambda row: self(torch.cat([above, row, below], 2), labels, top, seen)[:, :, i : i + 1]
+        return lambda row: self(torch.cat([above, row, below], 2), labels, 4 * fours, seen)[:, :, i : i + 1]
 
 
 class PlusPlusBlock(nn.Module):
@@ -355,7 +355,7 @@ class PlusPlusBlock(nn.Module):
         h = h + self.more(concat_elu(more)) if self.more else h
         h = self.second(self.dropout(concat_elu(h)), seen)
         h = h + self.label[labels][:, :, None, None] if self.label is not None else h
-        return x + F.glu(h, 1)
+        return x + gate(h, tanh=False)
 
 
 class Shifted(nn.Conv2d):
@@ -498,12 +498,12 @@ def train(opt: Namespace) -> Path:
 
 
 def load_images(opt: Namespace) -> tuple[tuple, tuple, dict]:
-    """Images (N, 1, H, W), uint8, and labels (N,), to train and to test with; no decoder."""
+    """Images (N, C, H, W), uint8, and labels (N,), to train and to test with; no decoder."""
     data = load_data(opt)
     by_arch = "logistic" if opt.channels == 3 or opt.arch == "plusplus" else "softmax"
     opt.likelihood = opt.likelihood or ("bernoulli" if opt.binarize else by_arch)
     if opt.channels == 3 and opt.likelihood != "logistic":
-        raise OSError(f"{opt.dataset} is read in colour: --likelihood logistic, or --channels 1")
+        raise OSError(f"{opt.dataset} is read in colour: for --likelihood logistic; or give --channels 1")
     opt.codebook, opt.decoder, opt.n_values = None, None, 2 if opt.binarize else 256
     if opt.dataset in DATASETS:
         return data, load_data(opt, train=False), {}
@@ -526,8 +526,10 @@ def load_codes(opt: Namespace) -> tuple[tuple, tuple, dict]:
     made = float(state["model_avg"]["decoder.codebook"].sum())  # is another after more training
     if (vars(opt).get("codebook") or made) != made or opt.n_classes not in (None, o.n_classes):
         raise OSError(f"{opt.dataset}: its codes have changed, or --n_classes does not fit; start anew")
-    if opt.likelihood not in (None, "softmax") or opt.binarize or (opt.arch == "plusplus" and x.shape[2] % 4):
-        raise OSError(f"{opt.dataset}: codes are for --likelihood softmax; plusplus takes an --img_size of 4, 8, ...")
+    if opt.likelihood not in (None, "softmax") or opt.binarize:
+        raise OSError(f"{opt.dataset}: codes are for --likelihood softmax, without --binarize")
+    if opt.arch == "plusplus" and x.shape[2] % 4:
+        raise OSError(f"{opt.dataset}: plusplus needs a side of 4, 8, ... codes; theirs is {x.shape[2]}, by --img_size")
     dims = [o.channels, *[o.hidden_dim // 2] * (o.downsample.bit_length() - 2), o.hidden_dim]
     opt.codebook, opt.n_values, opt.decoder = made, o.n_embeddings, [o.n_embeddings, o.latent_dim, dims, o.residual_dim]
     opt.channels, opt.img_size, opt.classes, opt.n_classes = o.channels, x.shape[2], o.classes, o.n_classes
@@ -542,9 +544,8 @@ def load_codes(opt: Namespace) -> tuple[tuple, tuple, dict]:
 def new_model(opt: Namespace) -> PixelCNN:
     """An untrained model of these options."""
     n_classes = opt.n_classes if opt.conditional else 0
-    channels = opt.channels if opt.likelihood == "logistic" else 1
-    of_layers = opt.img_size, opt.hidden_dim, opt.n_layers, opt.dropout, n_classes
-    model = PixelCNN(opt.arch, opt.likelihood, opt.n_values, channels, *of_layers)
+    of_x, of_layers = (opt.n_values, opt.channels, opt.img_size), (opt.hidden_dim, opt.n_layers, opt.dropout, n_classes)
+    model = PixelCNN(opt.arch, opt.likelihood, *of_x, *of_layers)
     model.decoder = Decoder(*opt.decoder).requires_grad_(False) if opt.decoder else None
     return model
 

@@ -89,8 +89,33 @@ def test_the_sizes_of_plusplus(pixelcnn):
     stack(torch.randn(2, 3, 16, 16), None)
     assert seen == [(n, n) for n in (16, 16, 8, 8, 4, 4, 4, 8, 8, 16, 16, 16) for _ in "ud"]
     assert all(m.p == 0.5 for m in stack.modules() if isinstance(m, torch.nn.Dropout))
-    filters = [m for m in stack.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.ConvTranspose2d))]
-    assert all(torch.nn.utils.parametrize.is_parametrized(m, "weight") for m in filters)
+    for m in stack.modules():
+        if isinstance(m, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
+            assert torch.nn.utils.parametrize.is_parametrized(m, "weight")
+            outputs = m.weight if isinstance(m, torch.nn.Conv2d) else m.weight.transpose(0, 1)
+            torch.testing.assert_close(outputs.flatten(1).norm(dim=1), torch.ones(len(outputs)))
+
+
+def test_a_block_of_plusplus(pixelcnn):
+    """By hand: x + a sigmoid(b), with ELUs of x and -x, dropout before the second filter, and the label after it."""
+    torch.manual_seed(0)
+    block = pixelcnn.PlusPlusBlock(2, 3, "", 4, 0.5, 2).eval()
+    block.label.data.normal_()
+    x, more, seen = torch.randn(5, 4, 8, 8), torch.randn(5, 3, 8, 8), []
+    block.second.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+
+    def both(x):
+        return torch.cat([torch.nn.functional.elu(x), torch.nn.functional.elu(-x)], 1)
+
+    def conv(m, x):  # it sees one row above and one column to the left
+        return torch.nn.functional.conv2d(torch.nn.functional.pad(x, (1, 0, 1, 0)), m.weight, m.bias)
+
+    h = conv(block.first, both(x)) + torch.nn.functional.conv2d(both(more), block.more.weight, block.more.bias)
+    a, b = (conv(block.second, both(h)) + block.label[1][:, None, None]).chunk(2, 1)
+    torch.testing.assert_close(block(x, more, torch.ones(5, dtype=int), None), x + a * b.sigmoid())
+    block.train()(x, more, torch.ones(5, dtype=int), None)
+    torch.testing.assert_close(seen[1][seen[1] != 0], 2 * seen[0][seen[1] != 0])
+    assert 0.4 < (seen[1] == 0).float().mean() < 0.6
 
 
 def test_the_masks(pixelcnn):
@@ -250,6 +275,15 @@ def test_log_probabilities_and_gradients_stay_finite(pixelcnn, channels):
         assert log_p.isfinite().all() and (log_p <= 1e-5).all() and gradient.isfinite().all() and gradient.any()
 
 
+def test_no_colour_is_drawn_too_often_in_bfloat16(pixelcnn):
+    """A uniform number of 8 bits is 0, whose logistic is -inf, once in some hundred."""
+    torch.manual_seed(0)
+    model = pixelcnn.PixelCNN("gated", "logistic", 256, 3, 4, 4, 1, 0.0, 0).bfloat16()
+    model.out[-1].parametrizations.weight.original0.data.zero_()
+    model.out[-1].bias.data = torch.tensor([0.0, 0.5, 0.5, 0.5, -5, -5, -5, 0, 0, 0] * 10).bfloat16()
+    assert model.sample(200).min() > 100
+
+
 def test_drawn_colours_follow_the_probabilities(pixelcnn):
     """A few narrow logistics, so that few colours are likely, and each channel depends on those before."""
     torch.manual_seed(0)
@@ -301,7 +335,7 @@ def test_rows_are_enough(pixelcnn, arch, likelihood, n_values, channels):
     for i, j in itertools.product(range(8), repeat=2):
         out = model(x, labels)[:, :, i, j]
         if likelihood == "logistic":
-            x[:, :, i, j] = pixelcnn.logistic_draw(out, 3, 0.9)
+            x[:, :, i, j] = pixelcnn.logistic_draw(out.float(), 3, 0.9)
         else:
             x[:, 0, i, j] = torch.distributions.Categorical(logits=out / 0.9).sample()
     assert torch.equal(by_rows, x) and len(x.unique()) > 3
@@ -330,6 +364,13 @@ def test_completion_keeps_what_is_given(pixelcnn, arch):
     assert torch.equal(given, before) and torch.equal(x[:, :, :2], given[:, :, :2])
     assert not torch.equal(x[:, :, 2:], given[:, :, 2:])
     assert torch.equal(model.sample(5, given=given[:1], rows=2)[:, :, :2], given[:1, :, :2].expand(5, -1, -1, -1))
+
+
+def test_the_default_size_of_plusplus(pixelcnn):
+    opt = pixelcnn.parse_args(["--arch", "plusplus"])
+    assert (opt.n_layers, opt.dropout) == (1, 0.5)
+    opt = pixelcnn.parse_args(["--arch", "plusplus", "--n_layers", "2", "--dropout", "0"])
+    assert (opt.n_layers, opt.dropout) == (2, 0)
 
 
 def test_a_low_temperature_draws_what_is_likeliest(pixelcnn):
@@ -419,17 +460,18 @@ def test_completion_picture(pixelcnn, small):
 
 
 def test_which_likelihood_by_the_data(pixelcnn, small):
-    for arguments, likelihood, channels in [
-        (["--arch", "pixelcnn"], "softmax", 1),
-        (["--arch", "plusplus"], "logistic", 1),
-        (["--arch", "plusplus", "--binarize"], "bernoulli", 1),
-        (["--likelihood", "logistic"], "logistic", 1),
-        (["--channels", "3", "--arch", "plusplus", "--conditional"], "logistic", 3),
-        (["--channels", "3"], "logistic", 3),
+    for arguments, likelihood, channels, n_out in [
+        (["--arch", "pixelcnn"], "softmax", 1, 256),
+        (["--arch", "plusplus"], "logistic", 1, 30),  # ten logistics: each a logit, a mean and a scale
+        (["--arch", "plusplus", "--binarize"], "bernoulli", 1, 2),
+        (["--likelihood", "logistic"], "logistic", 1, 30),
+        (["--channels", "3", "--arch", "plusplus", "--conditional"], "logistic", 3, 100),
+        (["--channels", "3"], "logistic", 3, 100),
     ]:
         options = [*small, "--n_epochs", "0", "--batch_size", "48", *arguments]
         run = pixelcnn.train(pixelcnn.parse_args(options))
         model = pixelcnn.load(run)
+        assert model.options["n_layers"] == 1 and model.out[-1].out_channels == n_out
         assert model.options["likelihood"] == likelihood and model.logistic == (likelihood == "logistic")
         x = model.sample(2, torch.tensor([0, 1]))
         assert x.shape == (2, channels, 8, 8) and Image.open(run / "completion.png").size == (82, 62)
@@ -569,10 +611,19 @@ def test_codes_of_another_checkpoint(pixelcnn, codes, refused, command, tmp_path
     refused(pixelcnn, "--dataset", run, *PRIOR, says=["pixelcnn.py, 12 batches", "vqvae.py"])
 
 
+def test_codes_that_plusplus_cannot_take(pixelcnn, images, refused, tmp_path, monkeypatch):
+    import vqvae
+
+    monkeypatch.chdir(tmp_path)
+    options = ["--dataset", str(images), *SMALL, *SMALLER["vqvae"], "--img_size", "12", "--n_epochs", "0"]
+    codes = vqvae.train(vqvae.parse_args(options))
+    refused(pixelcnn, "--dataset", codes, "--arch", "plusplus", *PRIOR, says=["theirs is 3", "--img_size"])
+
+
 @pytest.mark.parametrize("arch", ["gated", "plusplus"])
 def test_a_resumed_prior_is_exact(pixelcnn, codes, arch):
-    """With dropout, in plusplus."""
-    options = ["--dataset", str(codes), *PRIOR, "--arch", arch, "--conditional"]
+    """With dropout and --amp, in plusplus."""
+    options = ["--dataset", str(codes), *PRIOR, "--arch", arch, "--conditional", *["--amp"] * (arch == "plusplus")]
     whole = pixelcnn.train(pixelcnn.parse_args(options))
     part = pixelcnn.train(pixelcnn.parse_args([*options, "--n_epochs", "1"]))
     pixelcnn.train(pixelcnn.parse_args(["--resume", str(part), "--n_epochs", "2"]))
