@@ -52,11 +52,11 @@ def probabilities(model, k):
 )
 def test_the_probabilities_of_all_images_add_up(pixelcnn, arch, n_classes):
     model = tiny(pixelcnn, arch, n_layers=1 if arch == "plusplus" else 2, n_classes=n_classes).float()
-    found = [probabilities(model, k) for k in range(2 if n_classes else 1)]
+    found = [probabilities(model, k) for k in range(2 if n_classes and arch != "plusplus" else 1)]  # it takes longer
     for p in found:
         assert p.sum().item() == pytest.approx(1, abs=1e-4)
         assert p.max() > 3 / len(EVERY)  # it has learnt something
-    assert not n_classes or not torch.equal(*found)
+    assert len(found) == 1 or not torch.equal(*found)
 
 
 @pytest.mark.parametrize("arch", ARCHES)
@@ -140,7 +140,9 @@ def test_everything_is_learnt(pixelcnn, arch):
 
 def test_dropout_reaches_the_network(pixelcnn, small):
     for arch, given, wanted in (("gated", ["--dropout", "0.4"], 0.4), ("plusplus", [], 0.5), ("pixelcnn", [], 0)):
-        run = pixelcnn.train(pixelcnn.parse_args([*small, "--n_epochs", "0", "--arch", arch, *given]))
+        run = pixelcnn.train(
+            pixelcnn.parse_args([*small, "--n_epochs", "0", "--img_size", "4", "--arch", arch, *given])
+        )
         stack = pixelcnn.load(run).stack
         drops = [m.p for m in stack.modules() if isinstance(m, (torch.nn.Dropout, torch.nn.Dropout2d))]
         assert drops and set(drops) == {wanted}
@@ -468,13 +470,13 @@ def test_which_likelihood_by_the_data(pixelcnn, small):
         (["--channels", "3", "--arch", "plusplus", "--conditional"], "logistic", 3, 100),
         (["--channels", "3"], "logistic", 3, 100),
     ]:
-        options = [*small, "--n_epochs", "0", "--batch_size", "48", *arguments]
+        options = [*small, "--n_epochs", "0", "--batch_size", "48", "--img_size", "4", *arguments]
         run = pixelcnn.train(pixelcnn.parse_args(options))
         model = pixelcnn.load(run)
         assert model.options["n_layers"] == 1 and model.out[-1].out_channels == n_out
         assert model.options["likelihood"] == likelihood and model.logistic == (likelihood == "logistic")
         x = model.sample(2, torch.tensor([0, 1]))
-        assert x.shape == (2, channels, 8, 8) and Image.open(run / "completion.png").size == (82, 62)
+        assert x.shape == (2, channels, 4, 4) and Image.open(run / "completion.png").size == (50, 38)
         assert model.log_prob(x, torch.tensor([0, 1])).isfinite().all()
         assert pixelcnn.parse_args(["--resume", str(run), "--n_epochs", "2"]).likelihood == likelihood
 
@@ -492,11 +494,11 @@ def test_it_learns_colours(pixelcnn, arch):
     torch.manual_seed(0)
     model = pixelcnn.PixelCNN(arch, "logistic", 256, 3, 4, 8, 1, 0.0, 0)
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    for _ in range(100):
+    for _ in range(70):
         red = torch.randint(256, (16, 1, 4, 4))
         x = torch.cat([red, (red + torch.randint(-4, 5, red.shape)).clamp(0, 255), 255 - red], 1)
         loss = pixelcnn.train_step(model, optimizer, x, None)["nats"]
-    assert loss / 48 / math.log(2) < 6  # 8 of red, 3 of green and none of blue would be 3.7, without the others 8
+    assert loss / 48 / math.log(2) < 6.5  # 8 of red, 3 of green and none of blue would be 3.7, without the others 8
     drawn = model.sample(50).float() - 127.5
     assert torch.corrcoef(drawn.movedim(1, 0).flatten(1))[0, 1:].tolist() == pytest.approx([1, -1], abs=0.2)
 
