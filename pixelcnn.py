@@ -90,8 +90,6 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     opt = finish_options(p, argv, acts=["generate"], free=["labels", "temperature"])
     n_layers, dropout = (1, 0.5) if opt.arch == "plusplus" else (8, 0.0)
     opt.n_layers, opt.dropout = opt.n_layers or n_layers, dropout if opt.dropout is None else opt.dropout
-    if opt.arch == "plusplus" and opt.img_size % 4:
-        p.error(f"--img_size {opt.img_size}: --arch plusplus needs a multiple of 4")
     if opt.likelihood and opt.binarize != (opt.likelihood == "bernoulli"):
         p.error("--binarize and --likelihood bernoulli go together")
     if opt.labels and not (opt.generate and opt.conditional and max(opt.labels) < opt.n_classes):
@@ -447,6 +445,8 @@ def train(opt: Namespace) -> Path:
     device = find_device(opt)
     of_codes = vars(opt).get("codebook") or (opt.dataset and Path(opt.dataset, "checkpoint.pt").exists())
     data, tests, decoder = load_codes(opt) if of_codes else load_images(opt)
+    if opt.arch == "plusplus" and opt.img_size % 4:
+        raise OSError(f"--img_size {opt.img_size}, of codes theirs: --arch plusplus needs a multiple of 4")
     torch.manual_seed(0)  # black and white test images are drawn once
     tests = ((tests[0] / 255).bernoulli() if opt.binarize else tests[0]).long().to(device), tests[1].to(device)
     data = TensorDataset(*(part.to(device) for part in data))
@@ -528,8 +528,6 @@ def load_codes(opt: Namespace) -> tuple[tuple, tuple, dict]:
         raise OSError(f"{opt.dataset}: its codes have changed, or --n_classes does not fit; start anew")
     if opt.likelihood not in (None, "softmax") or opt.binarize:
         raise OSError(f"{opt.dataset}: codes are for --likelihood softmax, without --binarize")
-    if opt.arch == "plusplus" and x.shape[2] % 4:
-        raise OSError(f"{opt.dataset}: plusplus needs a side of 4, 8, ... codes; theirs is {x.shape[2]}, by --img_size")
     dims = [o.channels, *[o.hidden_dim // 2] * (o.downsample.bit_length() - 2), o.hidden_dim]
     opt.codebook, opt.n_values, opt.decoder = made, o.n_embeddings, [o.n_embeddings, o.latent_dim, dims, o.residual_dim]
     opt.channels, opt.img_size, opt.classes, opt.n_classes = o.channels, x.shape[2], o.classes, o.n_classes

@@ -511,7 +511,6 @@ def test_it_learns_colours(pixelcnn, arch):
         (["--likelihood", "poisson"], ["--likelihood"]),
         (["--hidden_dim", "1"], ["--hidden_dim"]),
         (["--n_layers", "0"], ["--n_layers"]),
-        (["--arch", "plusplus", "--img_size", "30"], ["--img_size 30", "multiple of 4"]),
         (["--binarize", "--likelihood", "logistic"], ["--binarize", "bernoulli"]),
         (["--dropout", "1"], ["--dropout"]),
         (["--temperature", "0"], ["--temperature"]),
@@ -613,13 +612,18 @@ def test_codes_of_another_checkpoint(pixelcnn, codes, refused, command, tmp_path
     refused(pixelcnn, "--dataset", run, *PRIOR, says=["pixelcnn.py, 12 batches", "vqvae.py"])
 
 
-def test_codes_that_plusplus_cannot_take(pixelcnn, images, refused, tmp_path, monkeypatch):
+def test_sides_that_plusplus_cannot_take(pixelcnn, images, refused, tmp_path, monkeypatch):
+    """Of codes their own counts, and --img_size is not looked at."""
     import vqvae
 
     monkeypatch.chdir(tmp_path)
+    refused(pixelcnn, "--dataset", images, "--arch", "plusplus", "--img_size", 30, says=["--img_size 30,", "of 4"])
+    assert not (tmp_path / "runs").exists()
     options = ["--dataset", str(images), *SMALL, *SMALLER["vqvae"], "--img_size", "12", "--n_epochs", "0"]
     codes = vqvae.train(vqvae.parse_args(options))
-    refused(pixelcnn, "--dataset", codes, "--arch", "plusplus", *PRIOR, says=["theirs is 3", "--img_size"])
+    refused(
+        pixelcnn, "--dataset", codes, "--arch", "plusplus", "--img_size", 32, *PRIOR, says=["--img_size 3,", "of 4"]
+    )
 
 
 @pytest.mark.parametrize("arch", ["gated", "plusplus"])
