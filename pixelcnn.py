@@ -92,6 +92,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     opt.n_layers, opt.dropout = opt.n_layers or n_layers, dropout if opt.dropout is None else opt.dropout
     if opt.likelihood and opt.binarize != (opt.likelihood == "bernoulli"):
         p.error("--binarize and --likelihood bernoulli go together")
+    if opt.temperature != 1 and not opt.generate:
+        p.error("--temperature goes with --generate")
     if opt.labels and not (opt.generate and opt.conditional and max(opt.labels) < opt.n_classes):
         p.error(f"--labels {max(opt.labels)}: goes with --generate and a run with --conditional, if it has so many")
     return opt
@@ -158,7 +160,7 @@ class PixelCNN(nn.Module):
         x = self.stack.place.new_zeros(1, self.channels, self.size, self.size, dtype=int) if given is None else given
         x = x.expand(n, -1, -1, -1).clone()
         for i in range(rows, self.size):
-            last_row = self.stack.last_row(self.vectors(x[:, :, : i + 1]), labels)  # what is above is looked at once
+            last_row = self.stack.last_row(self.vectors(x[:, :, : i + 1]), labels)  # once for what is above
             for j in range(self.size):
                 out = self.out(last_row(self.vectors(x[:, :, i : i + 1]))[..., j : j + 1])[:, :, 0, 0]
                 out = out.float().nan_to_num(0, 1e9, -1e9)  # in bfloat16 a random number is 0 too often

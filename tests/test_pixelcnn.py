@@ -96,6 +96,17 @@ def test_the_sizes_of_plusplus(pixelcnn):
             torch.testing.assert_close(outputs.flatten(1).norm(dim=1), torch.ones(len(outputs)))
 
 
+@pytest.mark.parametrize("arch", ["pixelcnn", "gated"])
+def test_the_mixtures_last_filter_and_whole_channels(pixelcnn, arch):
+    """A 1x1 filter of the ELU, in any arch; dropout, but in plusplus, leaves out whole channels."""
+    torch.manual_seed(0)
+    model, h = pixelcnn.PixelCNN(arch, "logistic", 256, 3, 8, 6, 1, 0.5, 0), torch.randn(2, 6, 5, 5)
+    wanted = torch.nn.functional.conv2d(torch.nn.functional.elu(h), model.out[1].weight, model.out[1].bias)
+    torch.testing.assert_close(model.out(h), wanted)
+    kept = model.stack.dropout(torch.ones(4, 6, 5, 5)).flatten(2)
+    assert (kept == kept[:, :, :1]).all() and {*kept.unique().tolist()} == {0, 2}
+
+
 def test_a_block_of_plusplus(pixelcnn):
     """By hand: x + a sigmoid(b), with ELUs of x and -x, dropout before the second filter, and the label after it."""
     torch.manual_seed(0)
@@ -514,6 +525,7 @@ def test_it_learns_colours(pixelcnn, arch):
         (["--binarize", "--likelihood", "logistic"], ["--binarize", "bernoulli"]),
         (["--dropout", "1"], ["--dropout"]),
         (["--temperature", "0"], ["--temperature"]),
+        (["--temperature", "0.5"], ["--temperature", "--generate"]),
         (["--labels", "1"], ["--labels", "--conditional"]),
     ],
 )
