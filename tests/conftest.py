@@ -14,6 +14,7 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 SCRIPTS = ["vae", "gan", "cgan", "vqvae", "pixelcnn"]
+torch.set_num_threads(1)  # small networks gain nothing from more, and some processes that tests start run beside them
 
 # MNIST cannot be downloaded during the tests, on any machine: nothing listens there.
 os.environ |= dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
