@@ -629,13 +629,13 @@ def test_sides_that_plusplus_cannot_take(pixelcnn, images, refused, tmp_path, mo
     import vqvae
 
     monkeypatch.chdir(tmp_path)
-    refused(pixelcnn, "--dataset", images, "--arch", "plusplus", "--img_size", 30, says=["--img_size 30,", "of 4"])
+    refused(
+        pixelcnn, "--dataset", images, "--arch", "plusplus", "--img_size", 30, says=["side 30:", "of 4", "--img_size"]
+    )
     assert not (tmp_path / "runs").exists()
     options = ["--dataset", str(images), *SMALL, *SMALLER["vqvae"], "--img_size", "12", "--n_epochs", "0"]
     codes = vqvae.train(vqvae.parse_args(options))
-    refused(
-        pixelcnn, "--dataset", codes, "--arch", "plusplus", "--img_size", 32, *PRIOR, says=["--img_size 3,", "of 4"]
-    )
+    refused(pixelcnn, "--dataset", codes, "--arch", "plusplus", "--img_size", 32, *PRIOR, says=["side 3:", "vqvae.py"])
 
 
 @pytest.mark.parametrize("arch", ["gated", "plusplus"])

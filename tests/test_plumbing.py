@@ -36,9 +36,9 @@ assert (state(), socket.getdefaulttimeout()) == before
 def children(tmp_path_factory):
     """Processes that begin with the first test of this file and are waited for by the last ones: each script copied
     into an empty folder and trained there, and one that imports them all."""
-    smaller = {"vae": ["--arch", "mlp"], "pixelcnn": ["--binarize", "--hidden_dim", "8", "--n_layers", "1"]}
-    smaller["vqvae"] = ["--hidden_dim", "16", "--residual_dim", "8", "--n_embeddings", "64"]
-    few, started = ["--n_epochs", "1", "--batch_size", "500", "--sample_interval", "10", "--img_size", "16"], {}
+    smaller = {"vae": ["--arch", "mlp"], "vqvae": ["--img_size", "16", "--hidden_dim", "16", "--residual_dim", "8"]}
+    smaller["pixelcnn"] = ["--img_size", "16", "--binarize", "--hidden_dim", "8", "--n_layers", "1"]
+    few, started = ["--n_epochs", "1", "--batch_size", "500", "--sample_interval", "10"], {}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     for name in (*SCRIPTS, "imports"):
         folder = tmp_path_factory.mktemp(name)
