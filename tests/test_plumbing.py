@@ -1,4 +1,7 @@
-"""What is the same in every script: options, data, run folder, checkpoint, resume."""
+"""What is the same in every script: options, data, run folder, checkpoint, resume.
+
+What stands in the copied blocks alone, and in no loop or list of options, is tested in one script, `cgan`.
+"""
 
 import argparse
 import csv
@@ -236,19 +239,19 @@ def test_reports_on_a_terminal(cgan, small, monkeypatch, capsys, columns):
         assert len(reports) == 2 and "\r" not in out
 
 
-def test_an_empty_folder_is_used_as_it_is(script, small, tmp_path, monkeypatch):
+def test_an_empty_folder_is_used_as_it_is(cgan, small, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
-    assert script.train(script.parse_args([*small, "--n_epochs", "0", "--out_dir", "empty"])) == Path("empty")
+    assert cgan.train(cgan.parse_args([*small, "--n_epochs", "0", "--out_dir", "empty"])) == Path("empty")
     monkeypatch.chdir("empty")  # where there is something now
-    run = script.train(script.parse_args([*small, "--n_epochs", "0", "--out_dir", "."]))
+    run = cgan.train(cgan.parse_args([*small, "--n_epochs", "0", "--out_dir", "."]))
     assert run != Path() and (run / "checkpoint.pt").exists()
 
 
-def test_a_folder_in_use_is_left_alone(script, small, tmp_path):
-    (tmp_path / "runs" / script.__name__).mkdir(parents=True)
-    (tmp_path / "runs" / script.__name__ / "log.csv").write_text("mine")
-    assert script.train(script.parse_args([*small, "--n_epochs", "0"])) == Path("runs", f"{script.__name__}-2")
-    assert (tmp_path / "runs" / script.__name__ / "log.csv").read_text() == "mine"
+def test_a_folder_in_use_is_left_alone(cgan, small, tmp_path):
+    (tmp_path / "runs/cgan").mkdir(parents=True)
+    (tmp_path / "runs/cgan" / "log.csv").write_text("mine")
+    assert cgan.train(cgan.parse_args([*small, "--n_epochs", "0"])) == Path("runs/cgan-2")
+    assert (tmp_path / "runs/cgan" / "log.csv").read_text() == "mine"
 
 
 def test_no_epochs_only_sets_the_run_up(script, small):
@@ -263,7 +266,7 @@ def test_same_seed_same_images(script, small):
     assert one == same != other
 
 
-def test_seeds_have_nothing_in_common(script):
+def test_seeds_have_nothing_in_common(cgan):
     draws = set()
     positions = [
         (s, kind, i, *rank)
@@ -273,7 +276,7 @@ def test_seeds_have_nothing_in_common(script):
         for rank in ((), (0,), (1,))
     ]
     for position in positions:
-        script.seed(*position)
+        cgan.seed(*position)
         draws.add(torch.rand(4).sum().item())
     assert len(draws) == len(positions)
 
@@ -452,9 +455,9 @@ def test_resume_with_other_images(script, small, images, refused, tmp_path):
     assert (run / "checkpoint.pt").read_bytes() == before
 
 
-def test_training_in_a_thread(script, small):
+def test_training_in_a_thread(cgan, small):
     runs = []
-    thread = threading.Thread(target=lambda: runs.append(script.train(script.parse_args([*small, "--n_epochs", "1"]))))
+    thread = threading.Thread(target=lambda: runs.append(cgan.train(cgan.parse_args([*small, "--n_epochs", "1"]))))
     thread.start()
     thread.join()
     assert runs and (runs[0] / "checkpoint.pt").exists()
@@ -526,51 +529,51 @@ def read(script, folder, *arguments):
     return (*script.load_data(opt), opt)
 
 
-def test_a_folder_of_images(script, tmp_path):
+def test_a_folder_of_images(cgan, tmp_path):
     folder = make_folder(tmp_path / "f", per_class=4, size=(30, 20))
     Image.new("L", (5, 5), 77).save(folder / "red" / "grey.png")
     Image.new("RGBA", (5, 5), (1, 2, 3, 0)).save(folder / "red" / "clear.png")
     (folder / "red" / "notes.txt").write_text("not an image")
-    images, labels, opt = read(script, folder)
+    images, labels, opt = read(cgan, folder)
     assert images.shape == (14, 3, 8, 8) and images.dtype == torch.uint8
     assert labels.tolist() == [0] * 4 + [1] * 4 + [2] * 6
     assert (images[-1] == 77).all() and images[-2][:, 0, 0].tolist() == [1, 2, 3]
     assert (opt.channels, opt.n_classes, opt.classes) == (3, 3, ["blue", "green", "red"])
 
 
-def test_channels_convert(script, tmp_path):
+def test_channels_convert(cgan, tmp_path):
     folder = make_folder(tmp_path / "f", per_class=4)
-    colour, _, _ = read(script, folder)
-    grey, _, opt = read(script, folder, "--channels", "1")
+    colour, _, _ = read(cgan, folder)
+    grey, _, opt = read(cgan, folder, "--channels", "1")
     assert grey.shape == (12, 1, 8, 8) and opt.channels == 1
     weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
     assert ((colour * weights).sum(1, keepdim=True) - grey).abs().max() <= 1
     for channels in ("1", "3"):
-        opt = script.parse_args(["--dataset", "digits", "--img_size", "16", "--channels", channels])
-        images, _ = script.load_data(opt, train=False)
+        opt = cgan.parse_args(["--dataset", "digits", "--img_size", "16", "--channels", channels])
+        images, _ = cgan.load_data(opt, train=False)
         assert images.shape == (2000, int(channels), 16, 16)
         assert (images == images[:, :1]).all() and images.max() > 100
 
 
-def test_a_coloured_data_set_with_a_name(script, monkeypatch):
+def test_a_coloured_data_set_with_a_name(cgan, monkeypatch):
     """torchvision has its images as (N, H, W, C) arrays and its labels as a list."""
     colours = torch.zeros(5, 8, 8, 3, dtype=torch.uint8)
     colours[:, :2, :, 0], colours[:, :, :4, 1] = 200, 100  # red above, green on the left
     fake = argparse.Namespace(data=colours.numpy(), targets=[3, 1, 4, 1, 5])
-    monkeypatch.setitem(script.DATASETS, "cifar10", lambda root, train, download: fake)
-    images, labels, opt = read(script, "cifar10")
+    monkeypatch.setitem(cgan.DATASETS, "cifar10", lambda root, train, download: fake)
+    images, labels, opt = read(cgan, "cifar10")
     assert images.shape == (5, 3, 8, 8) and labels.tolist() == [3, 1, 4, 1, 5] and opt.channels == 3
     assert torch.equal(images, colours.permute(0, 3, 1, 2))
     assert (images[:, 0, 0] == 200).all() and (images[:, 0, 7] == 0).all() and (images[:, 1, :, 0] == 100).all()
 
 
-def test_images_are_cut_about_the_centre(script, tmp_path):
+def test_images_are_cut_about_the_centre(cgan, tmp_path):
     (tmp_path / "f" / "a").mkdir(parents=True)
     image = Image.new("RGB", (40, 20), (255, 0, 0))
     image.paste((0, 255, 0), (10, 0, 30, 20))  # the middle square is green
     for i in range(2):
         image.save(tmp_path / "f" / "a" / f"{i}.png")
-    images, _, _ = read(script, tmp_path / "f")
+    images, _, _ = read(cgan, tmp_path / "f")
     assert (images[:, 1] > 200).all() and (images[:, 0] < 50).all()
 
 
@@ -580,9 +583,9 @@ def test_processes_and_none_decode_the_same(cgan, tmp_path, monkeypatch):
     assert torch.equal(read(cgan, folder, "--n_cpu", "0")[0], read(cgan, folder, "--n_cpu", "2")[0])
 
 
-def test_what_a_process_decodes_with_can_be_sent_to_it(script, small):
+def test_what_a_process_decodes_with_can_be_sent_to_it(cgan, small):
     """Where processes are not forked, it is pickled."""
-    assert pickle.loads(pickle.dumps(functools.partial(script.read_image, opt=script.parse_args(small))))
+    assert pickle.loads(pickle.dumps(functools.partial(cgan.read_image, opt=cgan.parse_args(small))))
 
 
 def test_one_class_is_enough(script, small, tmp_path):
@@ -595,25 +598,25 @@ real_mnist = pytest.mark.skipif(not os.environ.get("DATA_DIR"), reason="DATA_DIR
 
 
 @real_mnist
-def test_real_mnist(script):
-    opt = script.parse_args(["--data_dir", os.environ["DATA_DIR"], "--img_size", "28"])
-    images, labels = script.load_data(opt, train=False)
+def test_real_mnist(cgan):
+    opt = cgan.parse_args(["--data_dir", os.environ["DATA_DIR"], "--img_size", "28"])
+    images, labels = cgan.load_data(opt, train=False)
     raw = torchvision.datasets.MNIST(os.environ["DATA_DIR"], train=False)
     assert torch.equal(images[:, 0], raw.data) and torch.equal(labels, raw.targets) and opt.dataset == "mnist"
 
 
 @real_mnist
-def test_damaged_mnist(script, refused, tmp_path, monkeypatch):
+def test_damaged_mnist(cgan, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(Path(os.environ["DATA_DIR"], "MNIST", "raw"), tmp_path / "data" / "MNIST" / "raw")
     file = tmp_path / "data/MNIST/raw/train-images-idx3-ubyte"
     file.chmod(0o644)
     os.truncate(file, 10_000_000)
-    refused(script, "--n_epochs", 1, "--dataset", "mnist", says=["mnist", "data", "--dataset digits"])
+    refused(cgan, "--n_epochs", 1, "--dataset", "mnist", says=["mnist", "data", "--dataset digits"])
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_silent_network_is_given_up(script, tmp_path, monkeypatch, capsys):
+def test_a_silent_network_is_given_up(cgan, tmp_path, monkeypatch, capsys):
     """One that takes the connection and never answers. Seconds pass quickly here."""
     import socket
 
@@ -627,8 +630,8 @@ def test_a_silent_network_is_given_up(script, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(urllib.request, "_opener", None)  # it remembers proxies
         set_timeout = socket.setdefaulttimeout
         monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: set_timeout(seconds / 100))
-        opt = script.parse_args([])
-        script.load_data(opt, train=False)
+        opt = cgan.parse_args([])
+        cgan.load_data(opt, train=False)
         set_timeout(None)
     assert opt.dataset == "digits" and "timed out" in capsys.readouterr().err
 
