@@ -8,7 +8,8 @@ label. G pulls the scores of its fakes to 1, D pulls them to 0 and those of real
 
 Conditional GAN: Mirza & Osindero 2014, arXiv:1411.1784. Least squares: Mao et al. 2017, arXiv:1611.04076 (equation 9).
 Label in D: Miyato & Koyama 2018, arXiv:1802.05637. Noise on what D sees: Sønderby et al. 2016, arXiv:1610.04490.
-Average of G: Yazici et al. 2019, arXiv:1806.04498. Without these three: --conditioning concat --noise 0 --ema 0
+Average of G: Yazici et al. 2019, arXiv:1806.04498. Without these three, at a rate that does not fall: --conditioning
+concat --noise 0 --ema 0 --lr 2e-4 --lr_hold 0
 
     python cgan.py --n_epochs 20                          # MNIST; without a network: built-in digits
     python cgan.py --arch conv --dataset path/to/folder   # your images, one sub-folder a class
@@ -52,7 +53,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add, flag = p.add_argument, dict(action=argparse.BooleanOptionalAction, default=False)
     add("--n_epochs", type=number(int), default=200, help="passes over the images; 0 only sets up")
     add("--batch_size", type=number(int, 2), default=64, help="images a step, 2 or more")
-    add("--lr", type=number(float, 1e-9), default=2e-4, help="Adam's learning rate, above 0")
+    add("--lr", type=number(float, 1e-9), default=4e-4, help="Adam's learning rate, above 0")
+    add("--lr_hold", type=number(int), default=2000, help="batches before it falls as 1/sqrt; 0: it stays")
     add("--b1", type=number(float, below=1), default=0.5, help="Adam's decay of the gradient, in [0, 1)")
     add("--b2", type=number(float, below=1), default=0.999, help="Adam's decay of its square, in [0, 1)")
     add("--arch", choices=["mlp", "conv"], default="mlp", help="fully connected or convolutional")
@@ -134,12 +136,12 @@ class Discriminator(nn.Module):
             n_features, n_embed = 512, n_classes
             layers = [nn.Linear(channels * img_size**2 + n_embed * self.concat, 512), nn.LeakyReLU(0.2)]
             for _ in range(2):
-                layers += [nn.Linear(512, 512), nn.Dropout(0.4), nn.LeakyReLU(0.2)]
+                layers += [nn.Linear(512, 512), nn.LeakyReLU(0.2)]
         else:  # concat: the label is one more channel, an image of its own
             n_features, n_embed, layers = 128 * (img_size // 8) ** 2, img_size**2, []
             for n_in, n_out in [(channels + self.concat, 32), (32, 64), (64, 128)]:
                 layers += [nn.Conv2d(n_in, n_out, 4, 2, 1), nn.LeakyReLU(0.2)]
-            layers += [nn.Flatten(), nn.Dropout(0.4)]
+            layers += [nn.Flatten()]
         self.features, self.score = nn.Sequential(*layers), nn.Linear(n_features, 1)
         self.embed = nn.Embedding(n_classes, n_embed if self.concat else n_features)
         if not self.concat:  # so that e(y).h(x) does not drown w.h(x) at first
@@ -159,10 +161,7 @@ class Discriminator(nn.Module):
 
 
 def generator_step(G: nn.Module, D: nn.Module, opt_G: Optimizer, z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Pull D's scores of fakes to 1; D's weights and gradients stay. Returns the loss and the scores (N, 1).
-
-    discriminator_step takes the scores with their graph, so that D sees a fake once.
-    """
+    """Pull D's scores of fakes to 1; D stays. Returns loss and scores (N, 1), with their graph: D sees a fake once."""
     fake_scores = D(G(z, labels), labels).float()
     loss = (fake_scores - 1).square().mean()
     opt_G.zero_grad()
@@ -191,10 +190,7 @@ def average(G_avg: nn.Module, G: nn.Module, decay: float, step: int) -> None:
 
 
 def train(opt: Namespace) -> Path:
-    """Train with the options of parse_args, adding to them what the data decides; returns the run's folder.
-
-    Raises OSError for data or files that cannot be used, FloatingPointError for a loss that is not finite.
-    """
+    """Train and return the run's folder. Raises OSError for bad data or files, FloatingPointError for a bad loss."""
     device = find_device(opt)
     data = TensorDataset(*(part.to(device) for part in load_data(opt)))
     sampler = BatchSampler(RandomSampler(data), opt.batch_size, drop_last=True)
@@ -224,7 +220,9 @@ def train(opt: Namespace) -> Path:
                     continue
                 if i % opt.sample_interval == 0:
                     save_grid(run, (G_avg(grid_z, grid_labels) + 1) / 2, columns)
-                seed(opt.seed, "batch", i, RANK)  # of noise and dropout, so that a resumed run has the same
+                for group in opt_G.param_groups + opt_D.param_groups:  # --lr, then it falls
+                    group["lr"] = opt.lr * min(1, (opt.lr_hold or i + 1) / (i + 1)) ** 0.5
+                seed(opt.seed, "batch", i, RANK)  # of noise, so that a resumed run has the same
                 real, labels = (part[RANK::WORLD].to(device) for part in (real, labels))
                 z = torch.randn(len(real), opt.latent_dim, device=device)
                 fake_labels = torch.randint(opt.n_classes, (len(real),), device=device)
@@ -240,10 +238,7 @@ def train(opt: Namespace) -> Path:
 
 
 def load(run: str | Path, device: str | torch.device = "cpu") -> Generator:
-    """The averaged generator of a run's folder, in eval mode; `.options` are those it was trained with.
-
-    G(z, labels) -> images (N, channels, img_size, img_size) in [-1, 1]. Raises OSError if the folder has none.
-    """
+    """The averaged generator of a run's folder, in eval mode, with its `.options`. Raises OSError if it has none."""
     state = read_checkpoint(run)
     G = Generator(*(state["options"][k] for k in ("latent_dim", "n_classes", "img_size", "channels", "arch")))
     G.load_state_dict(state["G_avg"])

@@ -96,10 +96,11 @@ PIXELCNN |= dict(binarize=False, conditional=False, hidden_dim=32, n_layers=8, s
 DEFAULTS = {
     "vae": COMMON | VAE | dict(img_size=32, out_dir="runs/vae", labels=None, reconstruct=None),
     "gan": COMMON | GAN | dict(img_size=28, out_dir="runs/gan", noise=0.2),
-    "cgan": COMMON | GAN | dict(img_size=32, out_dir="runs/cgan", labels=None, conditioning="projection", noise=0.1),
+    "cgan": COMMON | GAN | dict(img_size=32, out_dir="runs/cgan", labels=None, conditioning="projection"),
     "vqvae": COMMON | VQVAE | dict(img_size=32, out_dir="runs/vqvae", encode=None, decode=None),
     "pixelcnn": COMMON | PIXELCNN | dict(img_size=28, out_dir="runs/pixelcnn", labels=None, temperature=1.0),
 }
+DEFAULTS["cgan"] |= dict(noise=0.1, lr=4e-4, lr_hold=2000)
 FOUND_LATER = [("gan", "img_size"), ("cgan", "noise"), ("vae", "hidden_dims")]  # by --arch
 FOUND_LATER += [("pixelcnn", "n_layers"), ("pixelcnn", "dropout")]
 
@@ -392,7 +393,8 @@ def stop_after(script, monkeypatch, batch, seconds=0):
     monkeypatch.setattr(script, "CHECKPOINT_SECONDS", seconds)
 
 
-CONV = {"vae": ["--arch", "vanilla", "--hidden_dims", "4", "8"], "gan": ["--arch", "conv"], "cgan": ["--arch", "conv"]}
+CONV = {"gan": ["--arch", "conv"], "cgan": ["--arch", "conv", "--lr_hold", "3"]}
+CONV["vae"] = ["--arch", "vanilla", "--hidden_dims", "4", "8"]
 CONV["vqvae"] = ["--codebook", "loss"]
 CONV["pixelcnn"] = ["--arch", "pixelcnn", "--conditional", "--dropout", "0.2", "--binarize"]
 
