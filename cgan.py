@@ -8,8 +8,8 @@ label. G pulls the scores of its fakes to 1, D pulls them to 0 and those of real
 
 Conditional GAN: Mirza & Osindero 2014, arXiv:1411.1784. Least squares: Mao et al. 2017, arXiv:1611.04076 (equation 9).
 Label in D: Miyato & Koyama 2018, arXiv:1802.05637. Noise on what D sees: Sønderby et al. 2016, arXiv:1610.04490.
-Average of G: Yazici et al. 2019, arXiv:1806.04498. Without these three, at a rate that does not fall: --conditioning
-concat --noise 0 --ema 0 --lr 2e-4 --lr_hold 0
+Average of G: Yazici et al. 2019, arXiv:1806.04498. Without the last three, at a constant rate: --conditioning concat
+--noise 0 --ema 0 --lr 2e-4 --lr_hold 0
 
     python cgan.py --n_epochs 20                          # MNIST; without a network: built-in digits
     python cgan.py --arch conv --dataset path/to/folder   # your images, one sub-folder a class
