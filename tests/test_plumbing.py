@@ -39,8 +39,10 @@ assert (state(), socket.getdefaulttimeout()) == before
 def children(images, tmp_path_factory):
     """Processes that begin with the first test of this file and are waited for by the last ones: each script copied
     into an empty folder and trained there, one of them without data, and one that imports them all."""
-    options = {name: ["--dataset", str(images), *SMALL, *SMALLER[name], "--n_epochs", "1"] for name in SCRIPTS}
-    options["cgan"], started = ["--n_epochs", "1", "--batch_size", "500", "--sample_interval", "10"], {}
+    smaller = {"vae": ["--arch", "mlp"], "vqvae": ["--img_size", "16"], "pixelcnn": SMALLER["pixelcnn"]}
+    few, started = ["--dataset", str(images), "--batch_size", "8", "--sample_interval", "4"], {}
+    options = {name: ["--n_epochs", "1", *few, *smaller.get(name, [])] for name in SCRIPTS}
+    options["cgan"] = ["--n_epochs", "1", "--batch_size", "500", "--sample_interval", "10"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     for name in (*SCRIPTS, "imports"):
         folder = tmp_path_factory.mktemp(name)
