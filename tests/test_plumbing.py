@@ -172,6 +172,7 @@ def test_help_says_every_default(script, capsys):
 @pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
 def test_stopped_at_any_moment_after_it_began(cgan, images, tmp_path):
     """Once "writing to" is printed there is a run to resume; Ctrl-C says how, and makes the GIF of what there is."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # or children of a shell's background job would ignore it
 
     def start(*arguments):
         command = [sys.executable, cgan.__file__, *arguments, "--n_epochs", "100000"]
