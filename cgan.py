@@ -54,7 +54,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--n_epochs", type=number(int), default=200, help="passes over the images; 0 only sets up")
     add("--batch_size", type=number(int, 2), default=64, help="images a step, 2 or more")
     add("--lr", type=number(float, 1e-9), default=4e-4, help="Adam's learning rate, above 0")
-    add("--lr_hold", type=number(int), default=2000, help="batches before it falls as 1/sqrt; 0: it stays")
+    add("--lr_hold", type=number(int), default=2000, help="batches at --lr, which then falls as 1/sqrt; 0: never")
     add("--b1", type=number(float, below=1), default=0.5, help="Adam's decay of the gradient, in [0, 1)")
     add("--b2", type=number(float, below=1), default=0.999, help="Adam's decay of its square, in [0, 1)")
     add("--arch", choices=["mlp", "conv"], default="mlp", help="fully connected or convolutional")
