@@ -1,17 +1,17 @@
 """GAN: a generator that learns to draw by fooling a discriminator, in one file.
 
-A generator G turns noise z into an image; a discriminator D tells real images (logit above 0) from G's. G is trained by
-the non-saturating loss, which keeps its gradient while D is winning:
+A generator G turns noise z into an image; a discriminator D tells real images (logit above 0) from G's. G has the
+non-saturating loss, which keeps its gradient while D wins:
 
     max_D  E[log D(x)] + E[log(1 - D(G(z)))]
-    max_G  E[log D(G(z))]                           with D = sigmoid of the logit
+    max_G  E[log D(G(z))]            with D = sigmoid of the logit
 
-GAN: Goodfellow et al. 2014, arXiv:1406.2661 (equation 1; section 3). --arch conv: DCGAN, Radford et al. 2015,
-arXiv:1511.06434. Noise on what D sees: Sønderby et al. 2016, arXiv:1610.04490. Averaged generator: Yazici et al. 2019,
-arXiv:1806.04498. Without the last two: --noise 0 --ema 0
+GAN: Goodfellow et al. 2014, arXiv:1406.2661 (equation 1). --arch conv: DCGAN, Radford et al. 2015,
+arXiv:1511.06434. Spread of a batch: Karras et al. 2018, arXiv:1710.10196. Average: Yazici et al. 2019,
+arXiv:1806.04498.
 
     python gan.py --n_epochs 20                          # MNIST; without a network: built-in digits
-    python gan.py --arch conv --dataset path/to/folder   # your images, in sub-folders
+    python gan.py --arch conv --dataset path/to/folder   # yours, in sub-folders
     python gan.py --resume runs/gan --generate 100
 """
 
@@ -36,12 +36,11 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 from torchvision import datasets, utils
 from torchvision.transforms import v2
 
-SCRIPT = "gan"  # in checkpoints, which no other script can read; give your copy a name of its own
+SCRIPT = "gan"  # in checkpoints, which no other script reads; give your copy a name of its own
 
 # ---------------- options
 
@@ -52,11 +51,13 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add, flag = p.add_argument, dict(action=argparse.BooleanOptionalAction, default=False)
     add("--n_epochs", type=number(int), default=200, help="passes over the images; 0 only sets up")
     add("--batch_size", type=number(int, 2), default=64, help="images a step, 2 or more")
-    add("--lr", type=number(float, 1e-9), default=2e-4, help="Adam's learning rate, above 0")
+    add("--lr", type=number(float, 1e-9), default=4e-4, help="Adam's learning rate, above 0")
+    add("--lr_hold", type=number(int), default=8000, help="batches until it falls, as 1/sqrt; 0: it stays")
     add("--b1", type=number(float, below=1), default=0.5, help="Adam's decay of the gradient, in [0, 1)")
     add("--b2", type=number(float, below=1), default=0.999, help="Adam's decay of its square, in [0, 1)")
     add("--arch", choices=["mlp", "conv"], default="mlp", help="fully connected or convolutional")
-    add("--noise", type=number(float), default=0.2, help="deviation of the noise that D sees; 0: off")
+    add("--noise", type=number(float), help="deviation of the noise that D sees; None: 0, conv 0.2")
+    add("--spread", **flag | dict(default=True), help="mlp: D sees how batches vary")
     add("--ema", type=number(float, below=1), default=0.999, help="decay of G's average, in [0, 1); 0: off")
     add("--latent_dim", type=number(int, 1), default=100, help="size of z")
     add("--img_size", type=number(int, 1), help="side of the images; None: 28; conv: a multiple of 8, None: 32")
@@ -75,6 +76,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--generate", type=number(int, 1), metavar="N", help="with --resume: write N images")
     opt = finish_options(p, argv, acts=["generate"], free=[])
     opt.img_size = opt.img_size or {"mlp": 28, "conv": 32}[opt.arch]
+    opt.noise = {"mlp": 0.0, "conv": 0.2}[opt.arch] if opt.noise is None else opt.noise
     if opt.arch == "conv" and opt.img_size % 8:
         p.error(f"--img_size {opt.img_size}: --arch conv needs a multiple of 8")
     return opt
@@ -92,62 +94,55 @@ class Generator(nn.Sequential):
             for n_in, n_out in [(128, 256), (256, 512), (512, 1024)]:
                 layers += [nn.Linear(n_in, n_out), nn.BatchNorm1d(n_out), nn.LeakyReLU(0.2)]
             layers += [nn.Linear(1024, channels * img_size**2), nn.Unflatten(1, (channels, img_size, img_size))]
-        else:  # batch norm after every layer but the last
+        else:
             side = img_size // 8
             layers = [nn.Linear(latent_dim, 128 * side**2), nn.Unflatten(1, (128, side, side))]
             for n_in, n_out in [(128, 64), (64, 32), (32, channels)]:
                 layers += [nn.BatchNorm2d(n_in), nn.ReLU(), nn.ConvTranspose2d(n_in, n_out, 4, 2, 1)]
         super().__init__(*layers, nn.Tanh())
-        if arch == "conv":
-            self.apply(dcgan_init)
 
 
 class Discriminator(nn.Module):
     """Images (N, channels, img_size, img_size) in [-1, 1] -> logits (N, 1): the log-odds that an image is real."""
 
-    def __init__(self, img_size: int, channels: int, arch: str = "mlp", noise: float = 0.0):
+    def __init__(self, img_size: int, channels: int, arch: str = "mlp", noise: float = 0.0, spread: bool = True):
         super().__init__()
-        self.noise = noise
+        self.noise, self.spread = noise, spread and arch == "mlp"
         if arch == "mlp":
             layers = [nn.Flatten(), nn.Linear(channels * img_size**2, 512), nn.LeakyReLU(0.2)]
-            layers += [nn.Linear(512, 256), nn.LeakyReLU(0.2), nn.Linear(256, 1)]
-        else:  # batch norm after every layer but the first and the last
+            layers += [nn.Linear(512, 512), nn.LeakyReLU(0.2)]
+            last = [nn.Linear(512 + spread, 512), nn.LeakyReLU(0.2), nn.Linear(512, 1)]
+        else:
             layers = [nn.Conv2d(channels, 32, 4, 2, 1), nn.LeakyReLU(0.2)]
             for n_in, n_out in [(32, 64), (64, 128)]:
                 layers += [nn.Conv2d(n_in, n_out, 4, 2, 1), nn.BatchNorm2d(n_out), nn.LeakyReLU(0.2)]
-            layers += [nn.Flatten(), nn.Linear(128 * (img_size // 8) ** 2, 1)]
-        self.net = nn.Sequential(*layers)
-        if arch == "conv":
-            self.apply(dcgan_init)
+            last = [nn.Flatten(), nn.Linear(128 * (img_size // 8) ** 2, 1)]
+        self.features, self.last = nn.Sequential(*layers), nn.Sequential(*last)
 
     def forward(self, images: Tensor) -> Tensor:
-        if self.training and self.noise:  # or D would know fakes by a background not quite black
+        if self.training and self.noise:  # or D knows fakes by their background
             images = images + self.noise * torch.randn_like(images)
-        return self.net(images)
-
-
-def dcgan_init(module: nn.Module) -> None:
-    """Normal weights of deviation 0.02 (arXiv:1511.06434, section 4)."""
-    if hasattr(module, "weight"):
-        nn.init.normal_(module.weight, 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0, 0.02)
-        nn.init.zeros_(module.bias)
+        h = self.features(images)
+        if self.spread:  # or G draws few kinds of images
+            h = torch.cat([h, h.std(0, correction=0).mean().expand(len(h), 1)], 1)
+        return self.last(h)
 
 
 # ---------------- training
 
 
-def generator_step(G: nn.Module, D: nn.Module, opt_G: Optimizer, z: Tensor) -> tuple[Tensor, Tensor]:
+def generator_step(G: nn.Module, D: nn.Module, opt_G: torch.optim.Optimizer, z: Tensor) -> tuple[Tensor, Tensor]:
     """Raise log D(G(z)); D stays. Returns loss and logits (N, 1), with their graph: D sees a fake once."""
     fake_logits = D(G(z)).float()
     loss = -nn.functional.logsigmoid(fake_logits).mean()
     opt_G.zero_grad()
-    loss.backward(inputs=list(G.parameters()), retain_graph=True)  # discriminator_step goes through D again
+    loss.backward(inputs=list(G.parameters()), retain_graph=True)  # for discriminator_step
     mean_gradients(G)
     opt_G.step()
     return loss.detach(), fake_logits
 
 
-def discriminator_step(D: nn.Module, opt_D: Optimizer, real: Tensor, fake_logits: Tensor) -> Tensor:
+def discriminator_step(D: nn.Module, opt_D: torch.optim.Optimizer, real: Tensor, fake_logits: Tensor) -> Tensor:
     """Classify real images, in [-1, 1], as 1 and fakes as 0 (half of equation 1); G stays. Returns the loss."""
     loss = -(nn.functional.logsigmoid(D(real).float()).mean() + nn.functional.logsigmoid(-fake_logits).mean()) / 2
     opt_D.zero_grad()
@@ -158,7 +153,7 @@ def discriminator_step(D: nn.Module, opt_D: Optimizer, real: Tensor, fake_logits
 
 
 def average(G_avg: nn.Module, G: nn.Module, decay: float, step: int) -> None:
-    """Move G_avg towards G. Its memory is short at first, so that it forgets how G started."""
+    """Move G_avg towards G. Its memory is short at first, to forget how G started."""
     decay = min(decay, (1 + step) / (10 + step)) if decay else 0.0
     pairs = zip(G_avg.state_dict().values(), G.state_dict().values())  # batch norm's statistics, too
     averages, values = zip(*((a, v) for a, v in pairs if a.is_floating_point()))  # not counters
@@ -170,14 +165,17 @@ def train(opt: Namespace) -> Path:
     device = find_device(opt)
     data = TensorDataset(*(part.to(device) for part in load_data(opt)))
     sampler = BatchSampler(RandomSampler(data), opt.batch_size, drop_last=True)
-    loader = DataLoader(data, sampler=sampler, batch_size=None)  # a batch is data[[3, 1, ...]]: one look-up, not 64
+    loader = DataLoader(data, sampler=sampler, batch_size=None)
 
     torch.manual_seed(opt.seed)
     G = Generator(opt.latent_dim, opt.img_size, opt.channels, opt.arch)
-    D = Discriminator(opt.img_size, opt.channels, opt.arch, opt.noise)
+    D = Discriminator(opt.img_size, opt.channels, opt.arch, opt.noise, opt.spread)
+    for p in [*G.parameters(), *D.parameters()]:
+        if opt.arch == "conv" and p.ndim > 1:
+            nn.init.normal_(p, std=0.02)  # as DCGAN
     G_avg = copy.deepcopy(G).eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
     for network in (G, D):
-        network.to(device, memory_format=torch.channels_last)  # faster for convolutions
+        network.to(device, memory_format=torch.channels_last)  # faster
         if opt.amp:
             network.forward = torch.autocast(device.type, torch.bfloat16)(network.forward)
         if opt.compile:
@@ -188,13 +186,15 @@ def train(opt: Namespace) -> Path:
     run = start(opt, loader, G=G, D=D, G_avg=G_avg, opt_G=opt_G, opt_D=opt_D)
     try:
         for epoch in range(run.done // len(loader), opt.n_epochs):
-            seed(opt.seed, "epoch", epoch)  # of the order of the images
+            seed(opt.seed, "epoch", epoch)  # of the images' order
             for i, (real, _) in enumerate(loader, epoch * len(loader)):
-                if i < run.done:  # trained before the checkpoint
+                if i < run.done:  # before the checkpoint
                     continue
                 if i % opt.sample_interval == 0:
                     save_grid(run, (G_avg(grid_z) + 1) / 2, 5)
-                seed(opt.seed, "batch", i, RANK)  # of noise and dropout, so that a resumed run has the same
+                for group in opt_G.param_groups + opt_D.param_groups:
+                    group["lr"] = opt.lr * min(1, (opt.lr_hold or i + 1) / (i + 1)) ** 0.5
+                seed(opt.seed, "batch", i, RANK)  # so that a resumed run has the same z
                 real = real[RANK::WORLD].to(device)
                 z = torch.randn(len(real), opt.latent_dim, device=device)
                 g_loss, fake_logits = generator_step(G, D, opt_G, z)
@@ -246,7 +246,7 @@ def find_device(opt: Namespace) -> torch.device:
         torch.zeros(1, device=device).item()
         if opt.amp:
             torch.autocast(device.type, torch.bfloat16)
-    except (RuntimeError, AssertionError, ImportError) as e:  # torch raises all three
+    except (RuntimeError, AssertionError, ImportError) as e:
         raise OSError(f"--device {opt.device}{' --amp' * opt.amp}: not on this machine; try --device auto") from e
     return device
 
@@ -318,7 +318,7 @@ def load_data(opt: Namespace, train: bool = True) -> tuple[Tensor, Tensor]:
         socket.setdefaulttimeout(20)  # seconds: a network that swallows packets ends, too
         try:
             data = DATASETS[name](opt.data_dir, train=train, download=True)
-        except Exception as e:  # torchvision raises many kinds
+        except Exception as e:  # of many kinds
             text = f"{name} is not in {opt.data_dir}, nor to be downloaded ({' '.join(str(e).split())})"
             if opt.dataset:
                 raise OSError(f"{text}; --dataset digits is built in") from e
@@ -353,7 +353,7 @@ def read_image(file: str, opt: Namespace) -> Tensor:
                 raise ValueError("more than 8 bits a channel")
             image = ImageOps.fit(image.convert("L" if opt.channels == 1 else "RGB"), (opt.img_size, opt.img_size))
             return v2.functional.pil_to_tensor(image)
-    except Exception as e:  # Pillow raises many kinds
+    except Exception as e:  # of many kinds
         raise OSError(f"{file}: not a good image ({e}); repair or remove it") from e
 
 
@@ -421,8 +421,7 @@ def save(run: Namespace, opt: Namespace) -> None:
         return
     weights = [p for part in run.parts.values() if isinstance(part, nn.Module) for p in part.parameters()]
     if not all(torch.as_tensor(x).isfinite().all() for x in [*weights, *run.totals.values()]):
-        place = f"batch {run.done}, epoch {-(-run.done // run.per_epoch)}"
-        raise FloatingPointError(f"by {place} a loss or weight is not finite; start a new run with a lower --lr")
+        raise FloatingPointError(f"batch {run.done}: a loss or weight is not finite; start anew, with a lower --lr")
     state = {name: part.state_dict() for name, part in run.parts.items()} | dict(script=SCRIPT, options=vars(opt))
     state["position"] = [run.done, run.per_epoch, run.totals, run.rows, run.saved - run.began]
     table = [*run.rows[:1], *(row.values() for row in run.rows)]  # first the keys
@@ -442,7 +441,7 @@ def read_checkpoint(run: str | Path) -> dict:
         state = torch.load(Path(run, "checkpoint.pt"), map_location="cpu", weights_only=True)
         if state["script"] != SCRIPT:
             raise ValueError(f"made by {state['script']}.py")
-    except Exception as e:  # torch.load raises many kinds for a damaged file
+    except Exception as e:  # of many kinds
         raise OSError(f"{run}/checkpoint.pt is not one of {SCRIPT}.py ({' '.join(repr(e).split())})") from e
     return state
 

@@ -49,7 +49,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 from torchvision import datasets, utils
 from torchvision.transforms import v2
 
-SCRIPT = "pixelcnn"  # in checkpoints, which no other script can read; give your copy a name of its own
+SCRIPT = "pixelcnn"  # in checkpoints, which no other script reads; give your copy a name of its own
 
 # ---------------- options
 
@@ -596,7 +596,7 @@ def find_device(opt: Namespace) -> torch.device:
         torch.zeros(1, device=device).item()
         if opt.amp:
             torch.autocast(device.type, torch.bfloat16)
-    except (RuntimeError, AssertionError, ImportError) as e:  # torch raises all three
+    except (RuntimeError, AssertionError, ImportError) as e:
         raise OSError(f"--device {opt.device}{' --amp' * opt.amp}: not on this machine; try --device auto") from e
     return device
 
@@ -668,7 +668,7 @@ def load_data(opt: Namespace, train: bool = True) -> tuple[Tensor, Tensor]:
         socket.setdefaulttimeout(20)  # seconds: a network that swallows packets ends, too
         try:
             data = DATASETS[name](opt.data_dir, train=train, download=True)
-        except Exception as e:  # torchvision raises many kinds
+        except Exception as e:  # of many kinds
             text = f"{name} is not in {opt.data_dir}, nor to be downloaded ({' '.join(str(e).split())})"
             if opt.dataset:
                 raise OSError(f"{text}; --dataset digits is built in") from e
@@ -703,7 +703,7 @@ def read_image(file: str, opt: Namespace) -> Tensor:
                 raise ValueError("more than 8 bits a channel")
             image = ImageOps.fit(image.convert("L" if opt.channels == 1 else "RGB"), (opt.img_size, opt.img_size))
             return v2.functional.pil_to_tensor(image)
-    except Exception as e:  # Pillow raises many kinds
+    except Exception as e:  # of many kinds
         raise OSError(f"{file}: not a good image ({e}); repair or remove it") from e
 
 
@@ -771,8 +771,7 @@ def save(run: Namespace, opt: Namespace) -> None:
         return
     weights = [p for part in run.parts.values() if isinstance(part, nn.Module) for p in part.parameters()]
     if not all(torch.as_tensor(x).isfinite().all() for x in [*weights, *run.totals.values()]):
-        place = f"batch {run.done}, epoch {-(-run.done // run.per_epoch)}"
-        raise FloatingPointError(f"by {place} a loss or weight is not finite; start a new run with a lower --lr")
+        raise FloatingPointError(f"batch {run.done}: a loss or weight is not finite; start anew, with a lower --lr")
     state = {name: part.state_dict() for name, part in run.parts.items()} | dict(script=SCRIPT, options=vars(opt))
     state["position"] = [run.done, run.per_epoch, run.totals, run.rows, run.saved - run.began]
     table = [*run.rows[:1], *(row.values() for row in run.rows)]  # first the keys
@@ -792,7 +791,7 @@ def read_checkpoint(run: str | Path) -> dict:
         state = torch.load(Path(run, "checkpoint.pt"), map_location="cpu", weights_only=True)
         if state["script"] != SCRIPT:
             raise ValueError(f"made by {state['script']}.py")
-    except Exception as e:  # torch.load raises many kinds for a damaged file
+    except Exception as e:  # of many kinds
         raise OSError(f"{run}/checkpoint.pt is not one of {SCRIPT}.py ({' '.join(repr(e).split())})") from e
     return state
 

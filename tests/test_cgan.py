@@ -221,19 +221,6 @@ def test_labels_outside_the_classes(cgan, small, refused):
     assert not (run / "generated").exists()
 
 
-def test_the_rate_falls(cgan, small, monkeypatch):
-    """It is --lr for --lr_hold batches, then falls as 1 / sqrt(batches), in both optimisers."""
-    rates, adams, adam, average = [], [], torch.optim.Adam, cgan.average
-    monkeypatch.setattr(torch.optim, "Adam", lambda *args, **k: adams.append(adam(*args, **k)) or adams[-1])
-    monkeypatch.setattr(
-        cgan, "average", lambda *args: (rates.append([a.param_groups[0]["lr"] for a in adams[-2:]]), average(*args))
-    )
-    for hold in ("4", "0"):
-        cgan.train(cgan.parse_args([*small, "--n_epochs", "2", "--lr", "0.01", "--lr_hold", hold]))
-    falls = [0.01] * 4 + [0.01 * (4 / n) ** 0.5 for n in range(5, 13)]
-    assert [rate for rate, _ in rates] == [rate for _, rate in rates] == pytest.approx([*falls, *[0.01] * 12])
-
-
 def test_it_learns_the_digits(cgan, tmp_path):
     """After an epoch on the built-in digits the classes differ, and so do the samples of one."""
     options = ["--dataset", "digits", "--n_epochs", "1", "--img_size", "16", "--out_dir", str(tmp_path / "run")]

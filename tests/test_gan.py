@@ -39,18 +39,44 @@ def test_the_mlp_has_the_parameters_of_the_recipe(gan):
     sizes = [100, 128, 256, 512, 1024, 784]
     linear = sum(a * b + b for a, b in zip(sizes, sizes[1:]))
     assert sum(p.numel() for p in G.parameters()) == linear + 2 * (256 + 512 + 1024)
-    assert sum(p.numel() for p in D.parameters()) == 785 * 512 + 513 * 256 + 257
+    assert sum(p.numel() for p in D.parameters()) == 785 * 512 + 513 * 512 + 514 * 512 + 513
 
 
-def test_dcgan_starts_as_the_paper_says(gan):
+def test_the_discriminator_sees_how_much_a_batch_varies(gan):
+    """One more feature: the mean of all features' deviations in the batch; without it, an image is judged alone."""
+    torch.manual_seed(0)
+    D, seen = gan.Discriminator(16, 1), []
+    D.last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    images = torch.rand(6, 1, 16, 16, requires_grad=True)
+    h, logits = D.features(images), D(images)
+    deviation = (h - h.mean(0)).square().mean(0).sqrt().mean()
+    torch.testing.assert_close(seen[0], torch.cat([h, deviation.expand(6, 1)], 1))
+    assert torch.autograd.grad(seen[0][0, -1], images, retain_graph=True)[0].abs().sum() > 0  # it teaches G
+    assert not torch.allclose(D(images[:2]), logits[:2])
+    D(images[:1])
+    assert seen[-1][0, -1] == 0  # a batch of one
+    D = gan.Discriminator(16, 1, spread=False)
+    torch.testing.assert_close(D(images[:2]), D(images)[:2])
+
+
+def test_equal_images_give_finite_gradients(gan):
+    """The slope of a deviation of 0, where all fakes are the same, is taken as 0."""
+    D, images = gan.Discriminator(16, 1), torch.zeros(4, 1, 16, 16, requires_grad=True)
+    D(images).sum().backward()
+    assert images.grad.isfinite().all()
+
+
+def test_dcgan_starts_as_the_paper_says(gan, small):
+    """All weights from a normal distribution of deviation 0.02, in training."""
+    run = gan.train(gan.parse_args([*small, "--n_epochs", "0", "--arch", "conv", "--img_size", "32"]))
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    for network in (state["G"], state["D"], state["G_avg"]):
+        weights = [value for value in network.values() if value.ndim > 1]
+        assert len(weights) == 4
+        for weight in weights:
+            assert weight.numel() < 1000 or abs(weight.std() - 0.02) < 0.002 and abs(weight.mean()) < 0.002
     G, D = networks(gan, "conv", 32, 3)
-    for network in (G, D):
-        for module in network.modules():
-            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)) and module.weight.numel() > 1000:
-                assert abs(module.weight.std() - 0.02) < 0.002 and abs(module.weight.mean()) < 0.002
-            if isinstance(module, nn.BatchNorm2d):
-                assert abs(module.weight.mean() - 1) < 0.02 and (module.bias == 0).all()
-    kinds = [type(module).__name__ for module in D.net]
+    kinds = [type(module).__name__ for module in D.features]
     assert kinds.index("BatchNorm2d") > kinds.index("LeakyReLU"), "no batch norm on the discriminator's input layer"
     assert [type(module).__name__ for module in G][-2:] == ["ConvTranspose2d", "Tanh"]
 
@@ -108,8 +134,8 @@ def test_each_step_trains_one_network_alone(gan, arch):
 
 def test_noise_on_what_the_discriminator_sees(gan):
     """In training alone, new for each pass and each pixel, of the deviation asked for."""
-    D = gan.Discriminator(64, 1, noise=0.2)
-    D.net = nn.Identity()
+    D = gan.Discriminator(64, 1, noise=0.2, spread=False)
+    D.features = D.last = nn.Identity()
     images = torch.zeros(20, 1, 64, 64)
     one, two = D(images), D(images)
     assert not torch.equal(one, two) and one.mean().abs() < 0.01
@@ -117,9 +143,11 @@ def test_noise_on_what_the_discriminator_sees(gan):
     assert torch.equal(D.eval()(images), images)
 
 
-def test_the_size_goes_with_the_arch(gan, refused, tmp_path, monkeypatch):
+def test_size_and_noise_go_with_the_arch(gan, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert gan.parse_args(["--arch", "conv"]).img_size == 32
+    of = lambda *arguments: (gan.parse_args(arguments).img_size, gan.parse_args(arguments).noise)  # noqa: E731
+    assert of("--arch", "conv") == (32, 0.2) and of() == (28, 0)
+    assert of("--arch", "conv", "--noise", "0") == (32, 0) and of("--noise", "0.1", "--img_size", "32") == (32, 0.1)
     refused(gan, "--arch", "conv", "--img_size", 28, says=["--img_size 28", "8"])
 
 

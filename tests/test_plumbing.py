@@ -87,7 +87,7 @@ def test_every_command_of_the_readme_can_be_typed(tmp_path, monkeypatch):
 
 COMMON = dict(n_epochs=200, batch_size=64, channels=None, n_classes=None, sample_interval=400, n_cpu=8, dataset=None)
 COMMON |= dict(data_dir="data", seed=0, device="auto", compile=False, amp=False, resume=None, generate=None)
-GAN = dict(lr=2e-4, b1=0.5, b2=0.999, latent_dim=100, arch="mlp", ema=0.999)
+GAN = dict(lr=4e-4, lr_hold=8000, b1=0.5, b2=0.999, latent_dim=100, arch="mlp", ema=0.999)
 VAE = dict(lr=1e-3, b1=0.9, b2=0.999, latent_dim=128, arch="vanilla", hidden_dims=[32, 64, 128, 256, 512], ema=0.999)
 VAE |= dict(likelihood="gaussian", sigma="auto", beta=1.0, conditional=False, binarize=False, iw_samples=0)
 VQVAE = dict(lr=1e-3, b1=0.9, b2=0.999, ema=0.999, batch_size=128, codebook="ema", decay=0.99, commitment=0.25)
@@ -96,13 +96,13 @@ PIXELCNN = dict(lr=2e-3, b1=0.9, b2=0.999, ema=0.999, batch_size=16, arch="gated
 PIXELCNN |= dict(binarize=False, conditional=False, hidden_dim=32, n_layers=8, sample_interval=4000)
 DEFAULTS = {
     "vae": COMMON | VAE | dict(img_size=32, out_dir="runs/vae", labels=None, reconstruct=None),
-    "gan": COMMON | GAN | dict(img_size=28, out_dir="runs/gan", noise=0.2),
+    "gan": COMMON | GAN | dict(img_size=28, out_dir="runs/gan", noise=0.0, spread=True),
     "cgan": COMMON | GAN | dict(img_size=32, out_dir="runs/cgan", labels=None, conditioning="projection"),
     "vqvae": COMMON | VQVAE | dict(img_size=32, out_dir="runs/vqvae", encode=None, decode=None),
     "pixelcnn": COMMON | PIXELCNN | dict(img_size=28, out_dir="runs/pixelcnn", labels=None, temperature=1.0),
 }
-DEFAULTS["cgan"] |= dict(noise=0.1, lr=4e-4, lr_hold=2000)
-FOUND_LATER = [("gan", "img_size"), ("cgan", "noise"), ("vae", "hidden_dims")]  # by --arch
+DEFAULTS["cgan"] |= dict(noise=0.1, lr_hold=2000)
+FOUND_LATER = [("gan", "img_size"), ("gan", "noise"), ("cgan", "noise"), ("vae", "hidden_dims")]  # by --arch
 FOUND_LATER += [("pixelcnn", "n_layers"), ("pixelcnn", "dropout")]
 
 
@@ -133,9 +133,26 @@ def test_options_reach_the_discriminator(name, images, tmp_path, monkeypatch):
             made.append(self)
 
     monkeypatch.setattr(script, "Discriminator", Seen)
-    more = ["--conditioning", "concat"] if name == "cgan" else []
+    more = ["--conditioning", "concat"] if name == "cgan" else ["--no-spread"]
     script.train(script.parse_args(["--dataset", str(images), *SMALL, "--n_epochs", "0", "--noise", "0.7", *more]))
-    assert made[0].noise == 0.7 and getattr(made[0], "concat", True)
+    assert made[0].noise == 0.7 and (made[0].concat if name == "cgan" else not made[0].spread)
+
+
+@pytest.mark.parametrize("name", ["gan", "cgan"])
+def test_the_rate_falls(name, images, tmp_path, monkeypatch):
+    """It is --lr for --lr_hold batches, then falls as 1 / sqrt(batches), in both optimisers."""
+    script, rates, adams, adam = importlib.import_module(name), [], [], torch.optim.Adam
+    average = script.average
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.optim, "Adam", lambda *args, **k: adams.append(adam(*args, **k)) or adams[-1])
+    monkeypatch.setattr(
+        script, "average", lambda *args: (rates.append([a.param_groups[0]["lr"] for a in adams[-2:]]), average(*args))
+    )
+    for hold in ("4", "0"):
+        options = ["--dataset", str(images), *SMALL, "--n_epochs", "2", "--lr", "0.01", "--lr_hold", hold]
+        script.train(script.parse_args(options))
+    falls = [0.01] * 4 + [0.01 * (4 / n) ** 0.5 for n in range(5, 13)]
+    assert [rate for rate, _ in rates] == [rate for _, rate in rates] == pytest.approx([*falls, *[0.01] * 12])
 
 
 def test_what_is_drawn_is_of_the_average(script, small, monkeypatch):
@@ -395,7 +412,7 @@ def stop_after(script, monkeypatch, batch, seconds=0):
     monkeypatch.setattr(script, "CHECKPOINT_SECONDS", seconds)
 
 
-CONV = {"gan": ["--arch", "conv"], "cgan": ["--arch", "conv", "--lr_hold", "3"]}
+CONV = dict.fromkeys(["gan", "cgan"], ["--arch", "conv", "--lr_hold", "3"])
 CONV["vae"] = ["--arch", "vanilla", "--hidden_dims", "4", "8"]
 CONV["vqvae"] = ["--codebook", "loss"]
 CONV["pixelcnn"] = ["--arch", "pixelcnn", "--conditional", "--dropout", "0.2", "--binarize"]
