@@ -30,9 +30,9 @@ for script, options, given, more in ((cgan, (3,), (labels[mine],), {{}}), (gan, 
         script.discriminator_step(D, sgd(D), real[mine] * 2 - 1, *given, fake)
         for k, p in enumerate([*G.parameters(), *D.parameters()]):
             gradients[f"{{script.__name__}} {{arch}} {{k}}"] = p.grad
-model = vae.VAE("mlp", [8], 3, 16, 1)
+model = vae.VAE("mlp", [8], 3, 16, 1, 1, False)
 model.reparameterize = lambda mu, logvar: mu + torch.exp(0.5 * logvar)
-opt = argparse.Namespace(likelihood="bernoulli", beta=1.0, sigma="auto")
+opt = argparse.Namespace(likelihood="bernoulli", beta=1.0, sigma=None)
 vae.train_step(model, sgd(model), real[mine], None, opt)
 gradients |= {{f"vae {{k}}": p.grad for k, p in enumerate(model.parameters())}}
 for mode in ("ema", "loss"):
