@@ -1,6 +1,6 @@
 """How fast is a script? Run by hand, on a machine that does nothing else:
 
-    python tests/bench_speed.py cgan --peer ../PyTorch-GAN/implementations/cgan/cgan.py
+    python tests/bench_speed.py cgan --peer ../PyTorch-GAN/implementations/cgan/cgan.py --ours= --ours=--amp
     python tests/bench_speed.py vae --peer ../examples/vae/main.py --ours "--arch mlp --img_size 28 --latent_dim 20 \\
         --batch_size 128 --likelihood bernoulli" --peer_options "--epochs {epochs}"
     python tests/bench_speed.py cgan --floor
@@ -44,19 +44,20 @@ def warm_epoch(command: list[str], options: str, cwd: Path) -> float:
 
 
 def compare(opt: argparse.Namespace) -> None:
-    ratios = []
+    ratios = {options: [] for options in opt.ours}
     with tempfile.TemporaryDirectory() as folder:
         ours = [sys.executable, str(ROOT / f"{opt.script}.py"), "--data_dir", str(Path(opt.data_dir).resolve())]
         ours += ["--dataset", "mnist", "--out_dir", f"{folder}/run"]
         peer = [sys.executable, str(Path(opt.peer).resolve())]
         for i in range(opt.rounds):
-            a = warm_epoch(ours, "--n_epochs {epochs} " + opt.ours, Path(folder))
             b = warm_epoch(peer, opt.peer_options, Path(opt.peer).resolve().parent)
-            ratios.append(b / a)
-            print(
-                f"round {i + 1}: ours {a:.2f} s, the peer's {b:.2f} s an epoch: {b / a:.2f} times as fast", flush=True
-            )
-    print(f"median {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}")
+            print(f"round {i + 1}: the peer's {b:.2f} s an epoch", flush=True)
+            for options, found in ratios.items():
+                a = warm_epoch(ours, "--n_epochs {epochs} " + options, Path(folder))
+                found.append(b / a)
+                print(f"  ours {options} {a:.2f} s: {b / a:.2f} times as fast", flush=True)
+    for options, found in ratios.items():
+        print(f"ours {options}: median {statistics.median(found):.2f}, from {min(found):.2f} to {max(found):.2f}")
 
 
 def median_time(work, n: int = 100) -> float:
@@ -71,7 +72,7 @@ def median_time(work, n: int = 100) -> float:
 def floor(opt: argparse.Namespace) -> None:
     """Of a GAN with --arch mlp: a linear layer takes one product forward, one for its weights and one for its input."""
     script = importlib.import_module(opt.script)
-    o = script.parse_args(shlex.split(opt.ours))
+    o = script.parse_args(shlex.split(opt.ours[0]))
     extra = [10] if opt.script == "cgan" else []
     o.img_size, o.channels = o.img_size or 28, 1
     G = script.Generator(o.latent_dim, *extra, o.img_size, 1, "mlp")
@@ -124,7 +125,7 @@ def read_folder(opt: argparse.Namespace) -> None:
             pixels = torch.randint(256, (8, 8, 3), dtype=torch.uint8, generator=random).numpy()
             Image.fromarray(pixels).resize((96, 96)).save(place / f"{i}.jpg")
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        o = script.parse_args(["--dataset", folder, "--img_size", str(size), *shlex.split(opt.ours)])
+        o = script.parse_args(["--dataset", folder, "--img_size", str(size), *shlex.split(opt.ours[0])])
         start = time.perf_counter()
         data = script.load_data(o)
         taken = time.perf_counter() - start
@@ -143,13 +144,14 @@ def main() -> None:
     p.add_argument(
         "--peer_options", default="--n_epochs {epochs}", help="its options; {epochs} is the number of epochs"
     )
-    p.add_argument("--ours", default="", help="options of our script")
+    p.add_argument("--ours", action="append", help="options of our script; with --peer given again: each in turn")
     p.add_argument("--data_dir", default="data", help="where our script finds MNIST")
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--floor", action="store_true")
     p.add_argument("--folder", action="store_true")
     p.add_argument("--images", type=int, default=100_000, help="with --folder: how many")
     opt = p.parse_args()
+    opt.ours = opt.ours or [""]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     if opt.peer:
         compare(opt)
