@@ -548,18 +548,8 @@ def test_one_image_is_not_enough(vae, small, refused, tmp_path):
 @pytest.mark.parametrize("flags, share", [(["--conditional"], 0.8), ([], 0.5)])
 def test_it_learns_the_digits(vae, tmp_path, flags, share):
     """One epoch on the built-in digits: better than the start, better than the mean image, and column k is digit k."""
-    arguments = [
-        "--dataset",
-        "digits",
-        "--arch",
-        "mlp",
-        "--batch_size",
-        "32",
-        "--out_dir",
-        str(tmp_path / "run"),
-        *flags,
-    ]
-    opt = vae.parse_args([*arguments, "--n_epochs", "1"])
+    options = f"--n_epochs 1 --dataset digits --arch mlp --batch_size 32 --out_dir {tmp_path / 'run'}"
+    opt = vae.parse_args([*options.split(), *flags])
     run = vae.train(opt)
     model = vae.load(run)
     (images, labels), (test_images, test_labels) = vae.load_data(opt), vae.load_data(opt, train=False)
