@@ -9,9 +9,10 @@
 --peer    Trains ours and the peer's script in turn, several rounds, for one epoch and for two: the difference is one
           warm epoch, without imports and reading data. Prints each round's seconds, the median ratio and its spread.
           MNIST must be where each of them looks for it: ours in --data_dir, the peer's by its own ways.
---floor   Our step's time over that of what no step can avoid, measured in the same process: its matrix products, and
-          one pass of Adam and of the average over the weights.
---folder  Makes a folder of 100,000 images and prints how long it takes to read, and the memory at its peak.
+--floor   Of a GAN with --arch mlp: our step's time over that of what no step can avoid, measured in the same process:
+          its matrix products, and one pass of Adam and of the average over the weights.
+--folder  Makes a folder of 100,000 images and prints how long it takes to read, and the memory of the process that
+          gathers them, without those that decode, at its peak.
 """
 
 import argparse
@@ -73,10 +74,12 @@ def floor(opt: argparse.Namespace) -> None:
     """Of a GAN with --arch mlp: a linear layer takes one product forward, one for its weights and one for its input."""
     script = importlib.import_module(opt.script)
     o = script.parse_args(shlex.split(opt.ours[0]))
+    if opt.script == "vae" or o.arch != "mlp" or o.amp or len(opt.ours) > 1:
+        sys.exit("--floor: of gan and cgan with --arch mlp, in float32, with one --ours")
     extra = [10] if opt.script == "cgan" else []
-    o.img_size, o.channels = o.img_size or 28, 1
+    seen = [o.conditioning, o.noise] if extra else [o.noise, o.spread]  # by D
     G = script.Generator(o.latent_dim, *extra, o.img_size, 1, "mlp")
-    D = script.Discriminator(*extra, o.img_size, 1, "mlp", *([o.conditioning] if extra else []), o.noise)
+    D = script.Discriminator(*extra, o.img_size, 1, "mlp", *seen)
     G_avg = copy.deepcopy(G).requires_grad_(False)
     opt_G, opt_D = (torch.optim.Adam(m.parameters(), lr=o.lr, betas=(o.b1, o.b2), fused=True) for m in (G, D))
     labels = torch.arange(o.batch_size) % 10
@@ -152,6 +155,8 @@ def main() -> None:
     p.add_argument("--images", type=int, default=100_000, help="with --folder: how many")
     opt = p.parse_args()
     opt.ours = opt.ours or [""]
+    if not (opt.peer or opt.floor or opt.folder):
+        p.error("nothing to measure: --peer, --floor or --folder")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     if opt.peer:
         compare(opt)
