@@ -51,12 +51,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add, flag = p.add_argument, dict(action=argparse.BooleanOptionalAction, default=False)
     add("--n_epochs", type=number(int), default=200, help="passes over the images; 0 only sets up")
     add("--batch_size", type=number(int, 2), default=64, help="images a step, 2 or more")
-    add("--lr", type=number(float, 1e-9), default=4e-4, help="Adam's learning rate, above 0")
+    add("--lr", type=number(float, 1e-9), default=6e-4, help="Adam's learning rate, above 0")
     add("--lr_hold", type=number(int), default=8000, help="batches until it falls, as 1/sqrt; 0: it stays")
     add("--b1", type=number(float, below=1), default=0.5, help="Adam's decay of the gradient, in [0, 1)")
     add("--b2", type=number(float, below=1), default=0.999, help="Adam's decay of its square, in [0, 1)")
     add("--arch", choices=["mlp", "conv"], default="mlp", help="fully connected or convolutional")
-    add("--noise", type=number(float), help="deviation of the noise that D sees; None: 0, conv 0.2")
+    add("--noise", type=number(float), help="deviation of the noise that D sees; None: 0, conv 0.4")
     add("--spread", **flag | dict(default=True), help="mlp: D sees how batches vary")
     add("--ema", type=number(float, below=1), default=0.999, help="decay of G's average, in [0, 1); 0: off")
     add("--latent_dim", type=number(int, 1), default=100, help="size of z")
@@ -76,7 +76,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--generate", type=number(int, 1), metavar="N", help="with --resume: write N images")
     opt = finish_options(p, argv, acts=["generate"], free=[])
     opt.img_size = opt.img_size or {"mlp": 28, "conv": 32}[opt.arch]
-    opt.noise = {"mlp": 0.0, "conv": 0.2}[opt.arch] if opt.noise is None else opt.noise
+    opt.noise = {"mlp": 0.0, "conv": 0.4}[opt.arch] if opt.noise is None else opt.noise
     if opt.arch == "conv" and opt.img_size % 8:
         p.error(f"--img_size {opt.img_size}: --arch conv needs a multiple of 8")
     return opt
@@ -110,8 +110,8 @@ class Discriminator(nn.Module):
         self.noise, self.spread = noise, spread and arch == "mlp"
         if arch == "mlp":
             layers = [nn.Flatten(), nn.Linear(channels * img_size**2, 512), nn.LeakyReLU(0.2)]
-            layers += [nn.Linear(512, 512), nn.LeakyReLU(0.2)]
-            last = [nn.Linear(512 + spread, 512), nn.LeakyReLU(0.2), nn.Linear(512, 1)]
+            layers += [nn.Linear(512, 256), nn.LeakyReLU(0.2)]
+            last = [nn.Linear(256 + spread, 256), nn.LeakyReLU(0.2), nn.Linear(256, 1)]
         else:
             layers = [nn.Conv2d(channels, 32, 4, 2, 1), nn.LeakyReLU(0.2)]
             for n_in, n_out in [(32, 64), (64, 128)]:

@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
+from torchvision.transforms.functional import to_tensor
 
 
 @pytest.fixture
@@ -39,7 +41,7 @@ def test_the_mlp_has_the_parameters_of_the_recipe(gan):
     sizes = [100, 128, 256, 512, 1024, 784]
     linear = sum(a * b + b for a, b in zip(sizes, sizes[1:]))
     assert sum(p.numel() for p in G.parameters()) == linear + 2 * (256 + 512 + 1024)
-    assert sum(p.numel() for p in D.parameters()) == 785 * 512 + 513 * 512 + 514 * 512 + 513
+    assert sum(p.numel() for p in D.parameters()) == 785 * 512 + 513 * 256 + 258 * 256 + 257
 
 
 def test_the_discriminator_sees_how_much_a_batch_varies(gan):
@@ -78,7 +80,8 @@ def test_dcgan_starts_as_the_paper_says(gan, small):
     G, D = networks(gan, "conv", 32, 3)
     kinds = [type(module).__name__ for module in D.features]
     assert kinds.index("BatchNorm2d") > kinds.index("LeakyReLU"), "no batch norm on the discriminator's input layer"
-    assert [type(module).__name__ for module in G][-2:] == ["ConvTranspose2d", "Tanh"]
+    kinds = [type(module).__name__ for module in G]
+    assert kinds.count("BatchNorm2d") == 3 and kinds[-2:] == ["ConvTranspose2d", "Tanh"]
 
 
 class Fixed(nn.Module):
@@ -105,6 +108,8 @@ def test_losses_by_hand(gan):
     d_loss = gan.discriminator_step(D, torch.optim.SGD(D.parameters(), lr=0.1), real, logits)
     wanted = ((1 + torch.exp(-reals)).log().mean() + (1 + torch.exp(fakes)).log().mean()) / 2
     torch.testing.assert_close(d_loss, wanted)
+    slope = (-(1 - reals.sigmoid()) * reals + fakes.sigmoid() * fakes).mean() / 2 / 3  # d/dw at w = 3, fakes' too
+    torch.testing.assert_close(D.weight.detach(), 3 - 0.1 * slope)
 
 
 def test_no_loss_is_infinite_when_the_discriminator_is_sure(gan):
@@ -146,7 +151,7 @@ def test_noise_on_what_the_discriminator_sees(gan):
 def test_size_and_noise_go_with_the_arch(gan, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     of = lambda *arguments: (gan.parse_args(arguments).img_size, gan.parse_args(arguments).noise)  # noqa: E731
-    assert of("--arch", "conv") == (32, 0.2) and of() == (28, 0)
+    assert of("--arch", "conv") == (32, 0.4) and of() == (28, 0)
     assert of("--arch", "conv", "--noise", "0") == (32, 0) and of("--noise", "0.1", "--img_size", "32") == (32, 0.1)
     refused(gan, "--arch", "conv", "--img_size", 28, says=["--img_size 28", "8"])
 
@@ -172,3 +177,8 @@ def test_generate(gan, small, command):
     assert command(gan, "--resume", run, "--generate", 2, "--seed", 5) == (0, [])
     one, two = ((run / folder / "000000.png").read_bytes() for folder in ("generated", "generated-2"))
     assert one != two
+    G = gan.load(run)
+    torch.manual_seed(5)
+    wanted = (G(torch.randn(1, 4))[0] + 1) / 2
+    found = to_tensor(Image.open(run / "generated-2" / "000000.png"))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0.003)

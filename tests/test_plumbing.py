@@ -87,7 +87,7 @@ def test_every_command_of_the_readme_can_be_typed(tmp_path, monkeypatch):
 
 COMMON = dict(n_epochs=200, batch_size=64, channels=None, n_classes=None, sample_interval=400, n_cpu=8, dataset=None)
 COMMON |= dict(data_dir="data", seed=0, device="auto", compile=False, amp=False, resume=None, generate=None)
-GAN = dict(lr=4e-4, lr_hold=8000, b1=0.5, b2=0.999, latent_dim=100, arch="mlp", ema=0.999)
+GAN = dict(lr=6e-4, lr_hold=8000, b1=0.5, b2=0.999, latent_dim=100, arch="mlp", ema=0.999)
 VAE = dict(lr=1e-3, b1=0.9, b2=0.999, latent_dim=32, arch="burgess", hidden_dims=[32, 64, 256], ema=0.999)
 VAE |= dict(likelihood=None, sigma=None, beta=1.0, prior="fitted", conditional=False, binarize=False, iw_samples=0)
 VQVAE = dict(lr=1e-3, b1=0.9, b2=0.999, ema=0.999, batch_size=128, codebook="ema", decay=0.99, commitment=0.25)
@@ -101,7 +101,7 @@ DEFAULTS = {
     "vqvae": COMMON | VQVAE | dict(img_size=32, out_dir="runs/vqvae", encode=None, decode=None),
     "pixelcnn": COMMON | PIXELCNN | dict(img_size=28, out_dir="runs/pixelcnn", labels=None, temperature=1.0),
 }
-DEFAULTS["cgan"] |= dict(noise=0.1, lr_hold=2000)
+DEFAULTS["cgan"] |= dict(noise=0.1, lr=4e-4, lr_hold=2000)
 FOUND_LATER = [("gan", "img_size"), ("gan", "noise"), ("cgan", "noise"), ("vae", "hidden_dims")]  # by --arch
 FOUND_LATER += [("pixelcnn", "n_layers"), ("pixelcnn", "dropout")]
 
@@ -111,13 +111,14 @@ def test_options_and_defaults(script):
 
 
 def test_options_reach_the_optimisers_and_the_average(script, small, monkeypatch):
-    adams, decays, adam, average = [], [], torch.optim.Adam, script.average
+    adams, averages, adam, average = [], [], torch.optim.Adam, script.average
     monkeypatch.setattr(torch.optim, "Adam", lambda *args, **k: adams.append(adam(*args, **k)) or adams[-1])
-    monkeypatch.setattr(script, "average", lambda *args: decays.append(args[2]) or average(*args))
+    monkeypatch.setattr(script, "average", lambda *args: averages.append(args[2:]) or average(*args))
     script.train(
         script.parse_args([*small, "--n_epochs", "1", "--lr", "0.01", "--b1", "0.1", "--b2", "0.2", "--ema", "0.3"])
     )
-    assert len(adams) == (2 if "gan" in script.__name__ else 1) and set(decays) == {0.3}
+    assert len(adams) == (2 if "gan" in script.__name__ else 1)
+    assert averages == [(0.3, i) for i in range(len(averages))] and len(averages) > 1
     for optimizer in adams:
         assert optimizer.defaults["lr"] == 0.01 and optimizer.defaults["betas"] == (0.1, 0.2)
 
@@ -301,10 +302,17 @@ def test_seeds_have_nothing_in_common(cgan):
     assert len(draws) == len(positions)
 
 
-def test_every_epoch_has_an_order_of_its_own(cgan, small, monkeypatch):
-    seen, step = [], cgan.discriminator_step
-    monkeypatch.setattr(cgan, "discriminator_step", lambda *args: (seen.append(args[2]), step(*args))[1])
-    cgan.train(cgan.parse_args([*small, "--n_epochs", "2"]))
+@pytest.mark.parametrize("name", ["gan", "cgan"])
+def test_what_the_steps_see_and_every_epoch_has_an_order_of_its_own(name, images, tmp_path, monkeypatch):
+    """Real images in [-1, 1], and z from a standard normal distribution."""
+    script, seen, zs = importlib.import_module(name), [], []
+    monkeypatch.chdir(tmp_path)
+    d_step, g_step = script.discriminator_step, script.generator_step
+    monkeypatch.setattr(script, "discriminator_step", lambda *args: (seen.append(args[2]), d_step(*args))[1])
+    monkeypatch.setattr(script, "generator_step", lambda *args: (zs.append(args[3]), g_step(*args))[1])
+    script.train(script.parse_args(["--dataset", str(images), *SMALL, "--n_epochs", "2"]))
+    z = torch.cat(zs)
+    assert abs(z.mean()) < 0.2 and abs(z.std() - 1) < 0.2 and z.min() < -1
     one, two = torch.cat(seen[:6]), torch.cat(seen[6:])
     assert not torch.equal(one, two)
     for epoch in (one, two):
@@ -317,12 +325,15 @@ def test_the_checkpoint_is_plain_data(script, small):
     assert state["script"] == script.__name__ and state["options"]["classes"] == ["blue", "green", "red"]
 
 
-def test_load_leaves_nothing_to_set_up(script, small):
+def test_load_gives_the_average_and_leaves_nothing_to_set_up(script, small):
     run = script.train(script.parse_args([*small, "--n_epochs", "1"]))
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    (average,) = (state[name] for name in state.keys() & {"G_avg", "model_avg"})
     for path in (run, str(run)):
         model = script.load(path)
         assert not model.training and model.options["img_size"] == script.parse_args(small).img_size
         assert not any(p.requires_grad for p in model.parameters())
+        assert all(torch.equal(value, average[name]) for name, value in model.state_dict().items())
 
 
 def test_generating_needs_no_data(script, small, images, command, refused, tmp_path):
