@@ -3,6 +3,7 @@
 import functools
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,16 @@ def small(script_name, images, tmp_path, monkeypatch):
     """Options of a short training, 6 batches an epoch (some scripts hold out every tenth image), in an empty folder."""
     monkeypatch.chdir(tmp_path)
     return ["--dataset", str(images), *SMALL, *SMALLER.get(script_name, [])]
+
+
+@pytest.fixture
+def trained(script, small, tmp_path_factory):
+    """runs/NAME as `small` leaves it after one epoch: trained once a script, then copied."""
+    kept = tmp_path_factory.getbasetemp() / "trained" / script.__name__
+    if not kept.exists():
+        shutil.copytree(script.train(script.parse_args([*small, "--n_epochs", "1", "--out_dir", "new"])), kept)
+        shutil.rmtree("new")
+    return shutil.copytree(kept, Path("runs", script.__name__))
 
 
 @pytest.fixture
