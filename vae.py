@@ -1,18 +1,16 @@
 """Variational autoencoder: images to a few Gaussian numbers and back, in one file.
 
-An encoder gives for an image x a Gaussian q(z|x) = N(mu, exp(logvar)), a decoder for z a distribution p(x|z).
-Both maximise a bound on the likelihood, in nats an image:
+An encoder gives for an image x q(z|x) = N(mu, exp(logvar)), a decoder for z p(x|z). Both maximise, in nats an image:
 
     log p(x) >= ELBO = E_q[log p(x|z)] - KL(q(z|x) || N(0, 1))      and with --beta: E_q[log p(x|z)] - beta KL
 
-VAE: Kingma & Welling 2013, arXiv:1312.6114 (equation 10). beta: Higgins et al. 2017. Best --sigma: Rybkin et al. 2020,
-arXiv:2006.13202. --iw_samples: Burda et al. 2015, arXiv:1509.00519. --conditional: Sohn et al. 2015. What is tested
-and drawn is the model with averaged weights (Polyak & Juditsky 1992; --ema 0: the last). z of new images is from a
-Gaussian fitted to encoded training images of each class (Ghosh et al. 2020, arXiv:1903.12436). Frechet distance after
-10 epochs of MNIST: 16; with z from N(0, 1), --prior normal: 97.
+VAE: Kingma & Welling 2013, arXiv:1312.6114 (equation 10). beta: Higgins et al. 2017. Best --sigma: arXiv:2006.13202.
+--iw_samples: Burda et al. 2015, arXiv:1509.00519. --conditional: Sohn et al. 2015. What is tested and drawn is Polyak's
+average (--ema 0: the last). z of new images is from a Gaussian fitted to encoded training images of each class (Ghosh
+et al. 2020, arXiv:1903.12436). Frechet distance after 10 epochs of MNIST: 16; with --prior normal, N(0, 1): 97.
 
-    python vae.py --n_epochs 20                          # MNIST; without a network: built-in digits
-    python vae.py --arch conv --dataset path/to/folder   # yours, one sub-folder a class
+    python vae.py --n_epochs 20   # MNIST, or else built-in digits
+    python vae.py --arch conv --dataset path/to/folder   # yours, in sub-folders
     python vae.py --resume runs/vae --generate 100
 """
 
@@ -43,7 +41,8 @@ from torchvision import datasets, utils
 from torchvision.transforms import v2
 
 SCRIPT = "vae"  # in checkpoints, which no other script reads; give your copy a name of its own
-HIDDEN_DIMS = {"vanilla": [32, 64, 128, 256, 512], "conv": [64, 128, 256, 512], "mlp": [400], "burgess": [32, 64, 256]}
+HIDDEN_DIMS = {"vanilla": [32, 64, 128, 256, 512], "conv": [64, 128, 256, 512], "mlp": [400]}
+HIDDEN_DIMS |= dict.fromkeys(["burgess", "residual"], [32, 64, 256])
 
 # ---------------- options
 
@@ -62,13 +61,13 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--likelihood", choices=["gaussian", "bernoulli"], help="p(x|z) of a pixel; None: bernoulli if grey")
     add("--sigma", type=number(float, 1e-6), help="gaussian: deviation of a pixel; None: the best one")
     add("--beta", type=number(float), default=1.0, help="weight of the KL, 0 or more; 1 is the ELBO")
-    add("--prior", choices=["fitted", "normal"], default="fitted", help="where new images have their z from")
+    add("--prior", choices=["fitted", "normal"], default="fitted", help="where z of new images is from")
     add("--conditional", **flag, help="encode and decode given the label")
     add("--ema", type=number(float, below=1), default=0.999, help="decay of the model's average, in [0, 1); 0: off")
     add("--binarize", **flag, help="bernoulli: draw binary pixels anew each time")
     add("--iw_samples", type=number(int), default=0, help="samples of the importance-weighted bound; 0: none")
     add("--latent_dim", type=number(int, 1), default=32, help="size of z")
-    add("--img_size", type=number(int, 1), default=32, help="side of the images; conv: a multiple of 16, burgess: of 4")
+    add("--img_size", type=number(int, 1), default=32, help="side of images; conv: 16 n, burgess, residual: 4 n")
     add("--channels", type=int, choices=[1, 3], help="1: grey, 3: colour; None: as in the data, a folder 3")
     add("--n_classes", type=number(int, 1), help="number of classes; None: the data's")
     add("--sample_interval", type=number(int, 1), default=400, help="batches between sample grids")
@@ -86,11 +85,11 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--reconstruct", metavar="FOLDER", help="with --resume: write its images beside their reconstructions")
     opt = finish_options(p, argv, acts=["generate", "reconstruct"], free=["labels", "iw_samples"])
     opt.hidden_dims = opt.hidden_dims or HIDDEN_DIMS[opt.arch]
-    halvings = {"conv": len(opt.hidden_dims), "burgess": len(opt.hidden_dims) - 1}.get(opt.arch, 0)
+    halvings = {"vanilla": 0, "conv": len(opt.hidden_dims), "mlp": 0}.get(opt.arch, len(opt.hidden_dims) - 1)
     if opt.img_size % 2**halvings:
         p.error(f"--img_size {opt.img_size}: --arch {opt.arch} needs a multiple of {2**halvings}")
-    if opt.arch == "burgess" and not halvings:
-        p.error("--hidden_dims: --arch burgess needs channels, then units")
+    if opt.arch in ("burgess", "residual") and not halvings:
+        p.error(f"--hidden_dims: --arch {opt.arch} needs channels, then units")
     opt.likelihood = opt.likelihood or ("bernoulli" if opt.binarize else "gaussian" if opt.sigma else None)
     if opt.sigma if opt.likelihood == "bernoulli" else opt.binarize:
         p.error("--sigma goes with --likelihood gaussian, --binarize with bernoulli")
@@ -105,28 +104,27 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 class VAE(nn.Module):
-    """Images x (N, channels, img_size, img_size) in [0, 1] <-> z (N, latent_dim); conditional: given labels (N,)."""
+    """Images x (N, channels, size, size) in [0, 1] <-> z (N, latent); conditional: given labels (N,)."""
 
-    def __init__(
-        self, arch: str, dims: list, latent_dim: int, img_size: int, channels: int, n_classes: int, conditional: bool
-    ):
+    def __init__(self, arch: str, dims: list, latent: int, size: int, channels: int, n_classes: int, conditional: bool):
         super().__init__()
-        self.latent_dim, self.conditional = latent_dim, conditional
-        layers = {"vanilla": vanilla_layers, "conv": conv_layers, "mlp": mlp_layers, "burgess": burgess_layers}[arch]
-        # The label comes as one more channel, an image learnt for each class.
-        encoder, n_features, decoder = layers(dims, img_size, channels + conditional, channels)
+        self.latent_dim, self.conditional = latent, conditional
+        layers = {"vanilla": vanilla_layers, "conv": conv_layers, "mlp": mlp_layers, "burgess": burgess_layers}
+        layers["residual"] = functools.partial(burgess_layers, block=Residual)
+        # A label is one more channel, an image learnt for each.
+        encoder, n_features, decoder = layers[arch](dims, size, channels + conditional, channels)
         if conditional:
-            self.embed = nn.Sequential(nn.Embedding(n_classes, img_size**2), nn.Unflatten(1, (1, img_size, img_size)))
+            self.embed = nn.Sequential(nn.Embedding(n_classes, size**2), nn.Unflatten(1, (1, size, size)))
             self.decode_label = nn.Embedding(n_classes, n_features)
         self.encoder = nn.Sequential(*encoder)
-        self.mu, self.logvar = nn.Linear(n_features, latent_dim), nn.Linear(n_features, latent_dim)
-        self.decode_z, self.decoder = nn.Linear(latent_dim, n_features), nn.Sequential(*decoder)
-        self.register_buffer("variance", torch.ones(()))  # of a pixel, for --likelihood gaussian
-        self.register_buffer("z_mean", torch.zeros(n_classes, latent_dim))  # of z in each class, for sample
-        self.register_buffer("z_scale", torch.eye(latent_dim).repeat(n_classes, 1, 1))  # root of its covariance
+        self.mu, self.logvar = nn.Linear(n_features, latent), nn.Linear(n_features, latent)
+        self.decode_z, self.decoder = nn.Linear(latent, n_features), nn.Sequential(*decoder)
+        self.register_buffer("variance", torch.ones(()))  # of a pixel
+        self.register_buffer("z_mean", torch.zeros(n_classes, latent))  # of z in a class
+        self.register_buffer("z_scale", torch.eye(latent).repeat(n_classes, 1, 1))  # root of its covariance
 
     def encode(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of q(z|x), each (N, latent_dim)."""
+        """Mean and log-variance of q(z|x), each (N, latent)."""
         h = self.encoder(torch.cat([x, self.embed(labels)], 1) if self.conditional else x)
         return self.mu(h), self.logvar(h)
 
@@ -135,7 +133,7 @@ class VAE(nn.Module):
         return mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
 
     def decode(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits (N, channels, img_size, img_size): their sigmoid is the mean of p(x|z)."""
+        """Logits (N, channels, size, size): their sigmoid is the mean of p(x|z)."""
         return self.decoder(self.decode_z(z) + (self.decode_label(labels) if self.conditional else 0))
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,11 +142,10 @@ class VAE(nn.Module):
         return self.decode(self.reparameterize(mu, logvar), labels), mu, logvar
 
     def sample(self, noise: Tensor, labels: Tensor) -> Tensor:
-        """New images, in [0, 1], of classes labels (N,) from standard normal noise (N, latent_dim)."""
+        """New images, in [0, 1], of classes labels (N,) from standard normal noise (N, latent)."""
         z = self.z_mean[labels] + (self.z_scale[labels] @ noise[..., None])[..., 0]
         return self.decode(z, labels).sigmoid()
 
-    @torch.no_grad()
     def reconstruct(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Images x again, in [0, 1], from the mean of q(z|x)."""
         return self.decode(self.encode(x, labels)[0], labels).sigmoid()
@@ -156,15 +153,13 @@ class VAE(nn.Module):
 
 def vanilla_layers(dims: list, size: int, n_in: int, n_out: int) -> tuple:
     """Encoder layers, number of features, decoder layers. 3x3 convolutions; each halves the side, rounded up."""
-    encoder, decoder, sides = [], [], [size]
+    sides = [-(-size // 2**n) for n in range(len(dims) + 1)]
+    encoder, decoder = [], [nn.Unflatten(1, (dims[-1], sides[-1], sides[-1]))]
     for a, b in zip([n_in, *dims], dims):
         encoder += [nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.LeakyReLU()]
-        sides.append((sides[-1] + 1) // 2)
     for a, b, side in zip(dims[::-1], [*dims[-2::-1], dims[0]], sides[-2::-1]):
-        padding = 1 - side % 2  # the same side again
-        decoder += [nn.ConvTranspose2d(a, b, 3, 2, 1, padding), nn.BatchNorm2d(b), nn.LeakyReLU()]
-    unflatten = nn.Unflatten(1, (dims[-1], sides[-1], sides[-1]))
-    return [*encoder, nn.Flatten()], dims[-1] * sides[-1] ** 2, [unflatten, *decoder, nn.Conv2d(b, n_out, 3, 1, 1)]
+        decoder += [nn.ConvTranspose2d(a, b, 3, 2, 1, 1 - side % 2), nn.BatchNorm2d(b), nn.LeakyReLU()]
+    return [*encoder, nn.Flatten()], dims[-1] * sides[-1] ** 2, [*decoder, nn.Conv2d(b, n_out, 3, 1, 1)]
 
 
 def conv_layers(dims: list, size: int, n_in: int, n_out: int, bn: type = nn.BatchNorm2d, act: type = nn.ReLU) -> tuple:
@@ -188,12 +183,22 @@ def mlp_layers(dims: list, size: int, n_in: int, n_out: int) -> tuple:
     return encoder, dims[-1], [*decoder, nn.Linear(dims[0], n_out * size**2), nn.Unflatten(1, (n_out, size, size))]
 
 
-def burgess_layers(dims: list, size: int, n_in: int, n_out: int) -> tuple:
-    """4x4 convolutions, then a fully connected layer, after Burgess et al. 2018 (arXiv:1804.03599), with SiLU."""
+def burgess_layers(dims: list, size: int, n_in: int, n_out: int, block: type = nn.Identity) -> tuple:
+    """conv_layers with SiLU, no batch norm and a fully connected one (Burgess et al. 2018, arXiv:1804.03599)."""
     *dims, units = dims
-    encoder, n_features, decoder = conv_layers(dims, size, n_in, n_out, nn.Identity, nn.SiLU)
-    decoder = [nn.SiLU(), nn.Linear(units, n_features), decoder[0], nn.SiLU(), *decoder[1:]]
-    return [*encoder, nn.Linear(n_features, units), nn.SiLU()], units, decoder
+    encoder, n_features, decoder = conv_layers(dims, size, n_in, n_out, block, nn.SiLU)
+    decoder = [block(units, nn.Linear, ()), nn.SiLU(), nn.Linear(units, n_features), nn.SiLU(), *decoder]
+    return [*encoder, nn.Linear(n_features, units), block(units, nn.Linear, ()), nn.SiLU()], units, decoder
+
+
+class Residual(nn.Sequential):
+    """x + f(x), for x (N, dim, ...) (arXiv:1603.05027)."""
+
+    def __init__(self, dim: int, layer: type = nn.Conv2d, more: tuple = (3, 1, 1)):
+        super().__init__(nn.SiLU(), layer(dim, dim, *more))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
 
 
 def log_likelihood(x: Tensor, logits: Tensor, likelihood: str, variance: Tensor) -> Tensor:
@@ -228,7 +233,7 @@ def train_step(model: VAE, optimizer: torch.optim.Optimizer, x: Tensor, labels: 
 
 
 def average(model_avg: VAE, model: VAE, decay: float, step: int) -> None:
-    """Move model_avg towards the model. Its memory is short at first, to forget how the model started."""
+    """Move model_avg towards the model. Its memory is short at first, to forget the start."""
     decay = min(decay, (1 + step) / (10 + step)) if decay else 0.0
     averages, values = model_avg.state_dict(), model.state_dict()  # batch norm's statistics, too
     names = [n for n, v in values.items() if v.is_floating_point() and n not in ("variance", "z_mean", "z_scale")]
@@ -286,7 +291,6 @@ def train(opt: Namespace) -> Path:
     sampler = BatchSampler(RandomSampler(data), opt.batch_size, drop_last=True)
     loader = DataLoader(data, sampler=sampler, batch_size=None)
     opt.likelihood = opt.likelihood or {1: "bernoulli", 3: "gaussian"}[opt.channels]
-
     torch.manual_seed(opt.seed)
     some = data[torch.randperm(len(data))[:10_000].tolist()]  # for measure
     model = VAE(opt.arch, opt.hidden_dims, opt.latent_dim, opt.img_size, opt.channels, opt.n_classes, opt.conditional)
@@ -298,25 +302,23 @@ def train(opt: Namespace) -> Path:
     if opt.compile:
         model.compile()
     optimizer = torch.optim.Adam(model.parameters(), opt.lr, (opt.b1, opt.b2), fused=True)
-
     noise, classes = torch.randn(100, opt.latent_dim).to(device), torch.arange(100, device=device) % 10 % opt.n_classes
-    spread = torch.linspace(0, len(tests[0]) - 1, min(len(tests[0]), 10)).long()
-    shown = next(batches(tests[0][spread], tests[1][spread], opt))
+    shown = next(batches(*(part[torch.linspace(0, len(part) - 1, min(len(part), 10)).long()] for part in tests), opt))
 
     def pictures() -> None:
-        save_grid(run, model_avg.sample(noise, classes), 10)  # column k is class k
-        save_grid(run, torch.cat([shown[0], model_avg.reconstruct(*shown)]), len(spread), "recon")
+        save_grid(run, model_avg.sample(noise, classes), 10)  # column k: class k
+        save_grid(run, torch.cat([shown[0], model_avg.reconstruct(*shown)]), len(shown[0]), "recon")
 
     run = start(opt, loader, model=model, model_avg=model_avg, optimizer=optimizer)
     try:
         for epoch in range(run.done // len(loader), opt.n_epochs):
-            seed(opt.seed, "epoch", epoch)  # of the images' order
+            seed(opt.seed, "epoch", epoch)  # of the order
             for i, (real, labels) in enumerate(loader, epoch * len(loader)):
                 if i < run.done:  # before the checkpoint
                     continue
                 if i % opt.sample_interval == 0:
                     pictures()
-                seed(opt.seed, "batch", i, RANK)  # so that a resumed run has the same z
+                seed(opt.seed, "batch", i, RANK)  # a resumed run has the same z
                 real, labels = (part[RANK::WORLD].to(device) for part in (real, labels))
                 x, y = next(batches(real, labels, opt, len(real)))
                 losses = train_step(model, optimizer, x, y, opt)
@@ -367,7 +369,7 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> VAE:
 
 
 def generate(opt: Namespace) -> Path:
-    """Write opt.generate images, as many of each class, in sub-folders. Returns the folder."""
+    """Write a folder of opt.generate images, as many of each class; returns it."""
     device = find_device(opt)
     model, folder = load(opt.resume, device), new_folder(Path(opt.resume, "generated"))
     classes, known = sorted(set(opt.labels or range(opt.n_classes))), opt.conditional or opt.prior == "fitted"
@@ -382,19 +384,18 @@ def generate(opt: Namespace) -> Path:
 
 
 def reconstruct(opt: Namespace) -> Path:
-    """Write each image in opt.reconstruct beside its reconstruction, given the class that its folder names."""
+    """Write each image in opt.reconstruct beside its reconstruction, given its folder's class."""
     device = find_device(opt)
-    model, files = load(opt.resume, device), sorted(Path(opt.reconstruct).rglob("*"))
-    files = [file for file in files if file.suffix.lower() in datasets.folder.IMG_EXTENSIONS]
+    files = sorted(f for f in Path(opt.reconstruct).rglob("*") if f.suffix.lower() in datasets.folder.IMG_EXTENSIONS)
     if not files or opt.conditional and not {file.parent.name for file in files} <= set(opt.classes):
         raise OSError(f"--reconstruct {opt.reconstruct}: no images, or in other folders than {opt.classes}")
     images = torch.stack([read_image(str(file), opt) for file in files]).to(device)
     labels = torch.tensor([opt.classes.index(file.parent.name) if opt.conditional else 0 for file in files]).to(device)
-    folder = new_folder(Path(opt.resume, "reconstructed"))
+    model, folder = load(opt.resume, device), new_folder(Path(opt.resume, "reconstructed"))
     torch.manual_seed(opt.seed)  # for --binarize
     for i, (x, y) in enumerate(batches(images, labels, opt, 1)):
         utils.save_image(torch.cat([x, model.reconstruct(x, y)], 3), folder / f"{i:06}.png")
-    print(f"{len(files)} images beside their reconstructions in {folder}")
+    print(f"{len(files)} reconstructions in {folder}")
     return folder
 
 
