@@ -1,6 +1,6 @@
 """Variational autoencoder: images to a few Gaussian numbers and back, in one file.
 
-An encoder gives for an image x q(z|x) = N(mu, exp(logvar)), a decoder for z p(x|z). Both maximise, in nats an image:
+An encoder turns an image x into q(z|x) = N(mu, exp(logvar)), a decoder z into p(x|z). Both maximise, in nats an image:
 
     log p(x) >= ELBO = E_q[log p(x|z)] - KL(q(z|x) || N(0, 1))      and with --beta: E_q[log p(x|z)] - beta KL
 
@@ -152,7 +152,7 @@ class VAE(nn.Module):
 
 
 def vanilla_layers(dims: list, size: int, n_in: int, n_out: int) -> tuple:
-    """Encoder layers, number of features, decoder layers. 3x3 convolutions; each halves the side, rounded up."""
+    """Encoder layers, number of features, decoder layers. 3x3 convolutions halve the side, rounded up, and back."""
     sides = [-(-size // 2**n) for n in range(len(dims) + 1)]
     encoder, decoder = [], [nn.Unflatten(1, (dims[-1], sides[-1], sides[-1]))]
     for a, b in zip([n_in, *dims], dims):
