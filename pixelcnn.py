@@ -68,7 +68,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--binarize", **flag, help="draw black and white pixels from grey ones, anew each time")
     add("--conditional", **flag, help="draw given the label")
     add("--hidden_dim", type=number(int, 2), default=32, help="channels of a layer, 2 or more")
-    add("--n_layers", type=number(int, 1), help="None: 8; plusplus: 1 on each size, and as many in all going up")
+    add("--n_layers", type=number(int, 1), help="None: 8; plusplus: 1 on each of three sizes, down and up")
     add("--dropout", type=number(float, below=1), help="share of features to drop, in [0, 1); None: 0, plusplus 0.5")
     add("--ema", type=number(float, below=1), default=0.999, help="decay of the model's average, in [0, 1); 0: off")
     add("--img_size", type=number(int, 1), default=28, help="side of the images; of codes: theirs")
@@ -306,8 +306,9 @@ class PlusPlusStack(nn.Module):
         self.first_u = normed(Shifted(n_in, dim, (3, 7), (3, 3, 3, -1)))
         self.first_ul = normed(Shifted(n_in, dim, (1, 3), (3, -1, 0, 0)))
         self.down, self.up, same = nn.ModuleList(), nn.ModuleList(), (dim, dropout, n_classes)
-        for i in range(3 * n_layers):  # on the whole, half and quarter size; what down[i] halves, up[i] doubles
-            down, up = ("half", "double") if i in (n_layers, 2 * n_layers) else ("", "")
+        for i in range(3 * n_layers):  # as many on the whole, half and quarter size, going down and up
+            down = "half" if i in (n_layers, 2 * n_layers) else ""
+            up = "double" if i + 1 in (n_layers, 2 * n_layers) else ""
             self.down.append(nn.ModuleList([PlusPlusBlock(3, 0, down, *same), PlusPlusBlock(2, dim, down, *same)]))
             self.up.append(nn.ModuleList([PlusPlusBlock(3, dim, up, *same), PlusPlusBlock(2, 2 * dim, up, *same)]))
 
@@ -315,9 +316,9 @@ class PlusPlusStack(nn.Module):
         u = self.place[:, :, top : top + e.shape[2]] + self.first_u(e, seen)  # place first: its memory format stays
         ul, cuts = u + self.first_ul(e, seen), []
         for u_block, ul_block in self.down:
-            cuts.append((u, ul))
             u = u_block(u, None, labels, seen)
             ul = ul_block(ul, u, labels, seen)
+            cuts.append((u, ul))
         for (u_block, ul_block), (u_cut, ul_cut) in zip(reversed(self.up), reversed(cuts)):
             u = u_block(u, u_cut, labels, seen)
             ul = ul_block(ul, torch.cat([u, ul_cut], 1), labels, seen)
