@@ -29,6 +29,18 @@ def digits_once():
         importlib.import_module(name).DATASETS["digits"] = lambda root, train, download: draw(train)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def begun(request, images, tmp_path_factory):
+    """Processes that begin with the first test of all, as they take long, and are waited for by test_torchrun.py."""
+    module = next((item.module for item in request.session.items if item.path.name == "test_torchrun.py"), None)
+    folder = tmp_path_factory.mktemp("begun")
+    processes = module.begin(folder, images) if module else []
+    yield folder, processes
+    for child in processes:
+        child.terminate()  # if it was not waited for: torchrun ends its workers, too
+        child.communicate()
+
+
 @pytest.fixture(params=SCRIPTS)
 def script(request):
     """Each script in turn, as a module."""

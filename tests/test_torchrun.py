@@ -75,24 +75,30 @@ for name in {SCRIPTS!r}:
 """
 
 
-def torchrun(file, *arguments):
-    """A program in two processes, started and not waited for."""
+PIPES = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def torchrun(folder, file, *arguments):
+    """A program in two processes, started in a folder and not waited for."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(file)]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([*launcher, *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+    return subprocess.Popen([*launcher, *arguments], cwd=folder, **PIPES)
+
+
+def begin(folder, images):
+    """One process that does the steps above, and two that do them and then train each script."""
+    (folder / "both.py").write_text(STEPS + TRAIN)
+    options = ["--dataset", str(images), *SMALL, "--n_epochs", "2", "--device", "cpu"]
+    one = subprocess.Popen([sys.executable, "-c", STEPS], cwd=folder, **PIPES)
+    return one, torchrun(folder, "both.py", *options)
 
 
 @pytest.fixture(scope="module")
-def two(images, tmp_path_factory):
-    """What two processes leave, and print, that do the steps above and then train each script."""
-    folder = tmp_path_factory.mktemp("two")
-    (folder / "both.py").write_text(STEPS + TRAIN)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        exec(STEPS, {})
-        child = torchrun("both.py", "--dataset", str(images), *SMALL, "--n_epochs", "2", "--device", "cpu")
+def two(begun):
+    """What these processes leave and print."""
+    folder, processes = begun
+    for child in processes:
         out, err = child.communicate()
-    assert child.returncode == 0, err
+        assert child.returncode == 0, err
     return folder, out
 
 
@@ -137,9 +143,8 @@ def test_both_processes_end_with_the_same_weights(two, monkeypatch):
 def test_a_worker_that_dies(cgan, images, tmp_path, monkeypatch):
     """The others end too, and the last checkpoint is there to go on from."""
     monkeypatch.chdir(tmp_path)
-    child = torchrun(
-        cgan.__file__, "--dataset", str(images), *SMALL, "--n_epochs", "100000", "--device", "cpu", "--out_dir", "two"
-    )
+    options = ["--dataset", str(images), *SMALL, "--n_epochs", "100000", "--device", "cpu", "--out_dir", "two"]
+    child = torchrun(tmp_path, cgan.__file__, *options)
     while not Path("two/log.csv").exists() or not Path("two/log.csv").stat().st_size:
         assert child.poll() is None, child.communicate()
         time.sleep(0.1)
