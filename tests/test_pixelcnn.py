@@ -81,15 +81,17 @@ def test_no_position_sees_a_later_one(pixelcnn, arch):
 
 def test_the_sizes_of_plusplus(pixelcnn):
     """As many blocks on the whole, half and quarter size, down and up; what goes up sees what came down."""
-    seen, cuts = [], []
+    seen, given = [], []
     stack = pixelcnn.PixelCNN("plusplus", "softmax", 3, 1, 16, 8, 2, 0.5, 0).stack
     for block in stack.modules():
         if isinstance(block, pixelcnn.PlusPlusBlock):
             block.register_forward_hook(lambda block, args, out: seen.append(out))
-            block.register_forward_pre_hook(lambda block, args: cuts.append(args[1]))
+            block.register_forward_pre_hook(lambda block, args: given.append(args))
     stack(torch.randn(2, 3, 16, 16), None)
     sizes = [n for n in (16, 16, 8, 8, 4, 4, 4, 4, 8, 8, 16, 16) for _ in "ud"]
     assert [out.shape[2:] for out in seen] == [(n, n) for n in sizes]
+    xs, cuts, *_ = zip(*given)
+    assert all(x is out for x, out in zip(xs[2:], seen))  # each of the two streams is one chain
     for k in range(0, 12, 2):  # u and ul, going down and, in reverse, up
         (u, ul), up = seen[k : k + 2], 22 - k
         assert cuts[k] is None and cuts[k + 1] is u and cuts[up] is u
