@@ -449,7 +449,7 @@ def train(opt: Namespace) -> Path:
     of_codes = vars(opt).get("codebook") or (opt.dataset and Path(opt.dataset, "checkpoint.pt").exists())
     data, tests, decoder = load_codes(opt) if of_codes else load_images(opt)
     if opt.arch == "plusplus" and opt.img_size % 4:
-        raise OSError(f"side {opt.img_size}: --arch plusplus needs a multiple of 4 (--img_size, for codes of vqvae.py)")
+        raise OSError(f"side {opt.img_size}: --arch plusplus needs a multiple of 4 (--img_size; of codes: in vqvae.py)")
     torch.manual_seed(0)  # black and white test images are drawn once
     tests = ((tests[0] / 255).bernoulli() if opt.binarize else tests[0]).long().to(device), tests[1].to(device)
     data = TensorDataset(*(part.to(device) for part in data))
