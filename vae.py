@@ -5,12 +5,11 @@ An encoder turns an image x into q(z|x) = N(mu, exp(logvar)), a decoder z into p
     log p(x) >= ELBO = E_q[log p(x|z)] - KL(q(z|x) || N(0, 1))      and with --beta: E_q[log p(x|z)] - beta KL
 
 VAE: Kingma & Welling 2013, arXiv:1312.6114 (equation 10). beta: Higgins et al. 2017. Best --sigma: arXiv:2006.13202.
---iw_samples: Burda et al. 2015, arXiv:1509.00519. --conditional: Sohn et al. 2015. What is tested and drawn is Polyak's
-average (--ema 0: the last). z of new images is from a Gaussian fitted to encoded training images of each class (Ghosh
-et al. 2020, arXiv:1903.12436). Frechet distance after 10 epochs of MNIST: 16; with --prior normal, N(0, 1): 97.
+--iw_samples: Burda et al. 2015, arXiv:1509.00519. --conditional: Sohn et al. 2015. --warmup: arXiv:1602.02282. Tested
+and drawn is Polyak's average (--ema 0: the last). z of new images is from a Gaussian fitted to encoded training images
+of each class (arXiv:1903.12436). Frechet distance after 10 epochs of MNIST: 16; with --prior normal, N(0, 1): 97.
 
-    python vae.py --n_epochs 20   # MNIST, or else built-in digits
-    python vae.py --arch conv --dataset path/to/folder   # yours, in sub-folders
+    python vae.py --n_epochs 20   # MNIST, or built-in digits; --dataset FOLDER: yours, in sub-folders
     python vae.py --resume runs/vae --generate 100
 """
 
@@ -61,6 +60,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--likelihood", choices=["gaussian", "bernoulli"], help="p(x|z) of a pixel; None: bernoulli if grey")
     add("--sigma", type=number(float, 1e-6), help="gaussian: deviation of a pixel; None: the best one")
     add("--beta", type=number(float), default=1.0, help="weight of the KL, 0 or more; 1 is the ELBO")
+    add("--warmup", type=number(int), default=0, help="batches while beta grows; 0: none")
     add("--prior", choices=["fitted", "normal"], default="fitted", help="where z of new images is from")
     add("--conditional", **flag, help="encode and decode given the label")
     add("--ema", type=number(float, below=1), default=0.999, help="decay of the model's average, in [0, 1); 0: off")
@@ -104,14 +104,13 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 class VAE(nn.Module):
-    """Images x (N, channels, size, size) in [0, 1] <-> z (N, latent); conditional: given labels (N,)."""
+    """Images (N, channels, size, size) in [0, 1] <-> z (N, latent); conditional: with labels (N,), as a channel."""
 
     def __init__(self, arch: str, dims: list, latent: int, size: int, channels: int, n_classes: int, conditional: bool):
         super().__init__()
         self.latent_dim, self.conditional = latent, conditional
         layers = {"vanilla": vanilla_layers, "conv": conv_layers, "mlp": mlp_layers, "burgess": burgess_layers}
         layers["residual"] = functools.partial(burgess_layers, block=Residual)
-        # A label is one more channel, an image learnt for each.
         encoder, n_features, decoder = layers[arch](dims, size, channels + conditional, channels)
         if conditional:
             self.embed = nn.Sequential(nn.Embedding(n_classes, size**2), nn.Unflatten(1, (1, size, size)))
@@ -163,7 +162,7 @@ def vanilla_layers(dims: list, size: int, n_in: int, n_out: int) -> tuple:
 
 
 def conv_layers(dims: list, size: int, n_in: int, n_out: int, bn: type = nn.BatchNorm2d, act: type = nn.ReLU) -> tuple:
-    """The same with 4x4 convolutions, each halving the side exactly; no batch norm after the first."""
+    """The same with 4x4 convolutions, each halving the side; no batch norm after the first."""
     side = size // 2 ** len(dims)
     encoder, decoder = [nn.Conv2d(n_in, dims[0], 4, 2, 1), act()], [nn.Unflatten(1, (dims[-1], side, side))]
     for a, b in zip(dims, dims[1:]):
@@ -219,14 +218,15 @@ def best_variance(x: Tensor, logits: Tensor) -> Tensor:
     return (x - logits.sigmoid()).square().mean().detach().clamp(min=1e-6)
 
 
-def train_step(model: VAE, optimizer: torch.optim.Optimizer, x: Tensor, labels: Tensor, opt: Namespace) -> dict:
+def train_step(model: VAE, optimizer: torch.optim.Adam, x: Tensor, labels: Tensor, opt: Namespace, step: int) -> dict:
     """Raise E_q[log p(x|z)] - beta KL with one sample of z an image; returns the ELBO and its terms."""
     logits, mu, logvar = (output.float() for output in model(x, labels))
     variance = model.variance if opt.sigma or opt.likelihood == "bernoulli" else best_variance(x, logits)
     log_px = log_likelihood(x, logits, opt.likelihood, variance).mean()
     kl = kl_divergence(mu, logvar).mean()
     optimizer.zero_grad()
-    (opt.beta * kl - log_px).backward()
+    beta = opt.beta * min(1, (step + 1) / (opt.warmup or 1))
+    (beta * kl - log_px).backward()
     mean_gradients(model)
     optimizer.step()
     return dict(elbo=(log_px - kl).detach(), log_px=log_px.detach(), kl=kl.detach())
@@ -268,13 +268,13 @@ def test(model: VAE, images: Tensor, labels: Tensor, opt: Namespace) -> dict[str
 def importance_weighted_bound(model: VAE, x: Tensor, labels: Tensor, opt: Namespace) -> Tensor:
     """log 1/k sum_i p(x|z_i) p(z_i) / q(z_i|x) of each image, in nats (N,) (arXiv:1509.00519, equation 8)."""
     mu, logvar = model.encode(x, labels)
-    total = torch.full((len(x),), -math.inf, device=x.device)
+    terms = []
     for _ in range(opt.iw_samples):  # one at a time, to save memory
         z = model.reparameterize(mu, logvar)
         log_px = log_likelihood(x, model.decode(z, labels), opt.likelihood, model.variance)
         log_pz_over_q = 0.5 * ((z - mu).square() / logvar.exp() + logvar - z.square()).sum(1)
-        total = torch.logaddexp(total, log_px + log_pz_over_q)
-    return total - math.log(opt.iw_samples)
+        terms += [log_px + log_pz_over_q]
+    return torch.stack(terms).logsumexp(0) - math.log(opt.iw_samples)
 
 
 # ---------------- training
@@ -321,7 +321,7 @@ def train(opt: Namespace) -> Path:
                 seed(opt.seed, "batch", i, RANK)  # a resumed run has the same z
                 real, labels = (part[RANK::WORLD].to(device) for part in (real, labels))
                 x, y = next(batches(real, labels, opt, len(real)))
-                losses = train_step(model, optimizer, x, y, opt)
+                losses = train_step(model, optimizer, x, y, opt, i)
                 average(model_avg, model, opt.ema, i)
                 after_batch(run, opt, **losses)
             measure(model_avg, *some, opt)

@@ -32,8 +32,8 @@ for script, options, given, more in ((cgan, (3,), (labels[mine],), {{}}), (gan, 
             gradients[f"{{script.__name__}} {{arch}} {{k}}"] = p.grad
 model = vae.VAE("mlp", [8], 3, 16, 1, 1, False)
 model.reparameterize = lambda mu, logvar: mu + torch.exp(0.5 * logvar)
-opt = argparse.Namespace(likelihood="bernoulli", beta=1.0, sigma=None)
-vae.train_step(model, sgd(model), real[mine], None, opt)
+opt = argparse.Namespace(likelihood="bernoulli", beta=1.0, sigma=None, warmup=0)
+vae.train_step(model, sgd(model), real[mine], None, opt, 0)
 gradients |= {{f"vae {{k}}": p.grad for k, p in enumerate(model.parameters())}}
 for mode in ("ema", "loss"):
     model = vqvae.VQVAE(5, 3, [1, 4, 8], 4)

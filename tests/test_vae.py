@@ -84,10 +84,11 @@ def test_the_measured_sigma_is_the_best_one(vae):
 GAUSSIAN = [("gaussian", None), ("gaussian", 0.3)]
 
 
+@pytest.mark.parametrize("warmup, step, share", [(0, 0, 1.0), (4, 2, 0.75), (4, 9, 1.0)])
 @pytest.mark.parametrize("beta", [0.0, 1.0, 4.0])
 @pytest.mark.parametrize("likelihood, sigma", [("bernoulli", None), *GAUSSIAN])
-def test_the_step_follows_the_objective(vae, beta, likelihood, sigma):
-    """One SGD step moves the weights by the gradient of -(log p(x|z) - beta KL) in nats per image."""
+def test_the_step_follows_the_objective(vae, beta, likelihood, sigma, warmup, step, share):
+    """One SGD step moves the weights by the gradient of -(log p(x|z) - beta KL) in nats per image; beta may grow."""
     x, _ = batch()
     model = vae.VAE("mlp", [8], 3, 16, 1, 1, False)
     if sigma is not None:
@@ -101,11 +102,11 @@ def test_the_step_follows_the_objective(vae, beta, likelihood, sigma):
         deviation = (x - logits.sigmoid()).square().mean().sqrt() if sigma is None else sigma
         log_px = Normal(logits.sigmoid(), deviation).log_prob(x).sum() / len(x)
     kl = torch.distributions.kl_divergence(Normal(mu, (logvar / 2).exp()), Normal(0, 1)).sum() / len(x)
-    gradients = torch.autograd.grad(beta * kl - log_px, weights)
+    gradients = torch.autograd.grad(beta * share * kl - log_px, weights)
     wanted = [(p - 1e-3 * g).detach() for p, g in zip(weights, gradients)]
     torch.manual_seed(1)
-    opt = argparse.Namespace(likelihood=likelihood, beta=beta, sigma=sigma)
-    terms = vae.train_step(model, torch.optim.SGD(weights, lr=1e-3), x, None, opt)
+    opt = argparse.Namespace(likelihood=likelihood, beta=beta, sigma=sigma, warmup=warmup)
+    terms = vae.train_step(model, torch.optim.SGD(weights, lr=1e-3), x, None, opt, step)
     torch.testing.assert_close(weights, wanted)
     torch.testing.assert_close(terms["log_px"], log_px.detach())
     torch.testing.assert_close(terms["kl"], kl.detach())
@@ -374,18 +375,21 @@ def test_bad_options(vae, refused, tmp_path, monkeypatch, arguments, says):
 
 
 def test_every_tenth_image_of_a_folder_is_held_out(vae, tmp_path, monkeypatch):
-    """It is never trained on, and the test is of nothing else."""
+    """It is never trained on, and the test is of nothing else. Steps are counted over epochs, for --warmup."""
     folder = make_folder(tmp_path / "f", classes=["a", "b"], per_class=15)
     opt = vae.parse_args(["--dataset", str(folder), "--img_size", "8", "--batch_size", "9", "--n_epochs", "2"])
     opt.arch, opt.hidden_dims, opt.conditional, opt.out_dir = "mlp", [4], True, str(tmp_path / "run")
-    trained, tested, measured, step, test, measure = [], [], [], vae.train_step, vae.test, vae.measure
+    trained, steps, tested, measured, step, test, measure = [], [], [], [], vae.train_step, vae.test, vae.measure
     monkeypatch.setattr(vae, "measure", lambda *args: (measured.append(args[1] / 255), measure(*args))[1])
-    monkeypatch.setattr(vae, "train_step", lambda *args: (trained.append(args[2]), step(*args))[1])
+    monkeypatch.setattr(
+        vae, "train_step", lambda *args: (trained.append(args[2]), steps.append(args[5]), step(*args))[2]
+    )
     monkeypatch.setattr(vae, "test", lambda *args: (tested.append(args[1:3]), test(*args))[1])
     vae.train(opt)
     everything = vae.load_data(opt)[0] / 255
     assert torch.equal(tested[0][0] / 255, everything[::10]) and tested[0][1].tolist() == [0, 0, 1]
     wanted = torch.stack([image for i, image in enumerate(everything) if i % 10])
+    assert steps == list(range(6))
     for epoch in (trained[:3], trained[3:], measured[:1]):
         assert sorted(torch.cat(epoch).flatten(1).tolist()) == sorted(wanted.flatten(1).tolist())
 
