@@ -398,7 +398,7 @@ CHECKPOINT_SECONDS = 30  # at most so much is trained again after a stop
 def start(opt: Namespace, loader: DataLoader, **parts) -> Namespace:
     """A new run, or the one to resume at its checkpoint, which holds `parts`; `done` counts batches."""
     if len(loader) == 0 or opt.batch_size % WORLD or opt.batch_size < 2 * WORLD:
-        raise OSError(f"--batch_size {opt.batch_size}: for {len(loader.dataset)} images and {WORLD} processes to share")
+        raise OSError(f"--batch_size {opt.batch_size}: above {len(loader.dataset)} images or not for {WORLD} processes")
     if loader.dataset[0][0].is_floating_point():
         raise TypeError("images must be uint8, from 0 to 255")
     if WORLD > 1 and not dist.is_initialized():

@@ -60,7 +60,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--likelihood", choices=["gaussian", "bernoulli"], help="p(x|z) of a pixel; None: bernoulli if grey")
     add("--sigma", type=number(float, 1e-6), help="gaussian: deviation of a pixel; None: the best one")
     add("--beta", type=number(float), default=1.0, help="weight of the KL, 0 or more; 1 is the ELBO")
-    add("--warmup", type=number(int), default=0, help="batches while beta grows; 0: none")
+    add("--warmup", type=number(int), default=0, help="batches while beta grows from 0")
     add("--prior", choices=["fitted", "normal"], default="fitted", help="where z of new images is from")
     add("--conditional", **flag, help="encode and decode given the label")
     add("--ema", type=number(float, below=1), default=0.999, help="decay of the model's average, in [0, 1); 0: off")
@@ -104,14 +104,14 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 class VAE(nn.Module):
-    """Images (N, channels, size, size) in [0, 1] <-> z (N, latent); conditional: with labels (N,), as a channel."""
+    """Images (N, channels, size, size) in [0, 1] <-> z (N, latent); conditional: given labels (N,)."""
 
     def __init__(self, arch: str, dims: list, latent: int, size: int, channels: int, n_classes: int, conditional: bool):
         super().__init__()
         self.latent_dim, self.conditional = latent, conditional
         layers = {"vanilla": vanilla_layers, "conv": conv_layers, "mlp": mlp_layers, "burgess": burgess_layers}
         layers["residual"] = functools.partial(burgess_layers, block=Residual)
-        encoder, n_features, decoder = layers[arch](dims, size, channels + conditional, channels)
+        encoder, n_features, decoder = layers[arch](dims, size, channels + conditional, channels)  # label: a channel
         if conditional:
             self.embed = nn.Sequential(nn.Embedding(n_classes, size**2), nn.Unflatten(1, (1, size, size)))
             self.decode_label = nn.Embedding(n_classes, n_features)
@@ -141,7 +141,7 @@ class VAE(nn.Module):
         return self.decode(self.reparameterize(mu, logvar), labels), mu, logvar
 
     def sample(self, noise: Tensor, labels: Tensor) -> Tensor:
-        """New images, in [0, 1], of classes labels (N,) from standard normal noise (N, latent)."""
+        """New images, in [0, 1], of labels (N,) from standard normal noise (N, latent)."""
         z = self.z_mean[labels] + (self.z_scale[labels] @ noise[..., None])[..., 0]
         return self.decode(z, labels).sigmoid()
 
@@ -219,7 +219,7 @@ def best_variance(x: Tensor, logits: Tensor) -> Tensor:
 
 
 def train_step(model: VAE, optimizer: torch.optim.Adam, x: Tensor, labels: Tensor, opt: Namespace, step: int) -> dict:
-    """Raise E_q[log p(x|z)] - beta KL with one sample of z an image; returns the ELBO and its terms."""
+    """Raise E_q[log p(x|z)] - beta KL, as of this step, with one z an image; returns ELBO and terms."""
     logits, mu, logvar = (output.float() for output in model(x, labels))
     variance = model.variance if opt.sigma or opt.likelihood == "bernoulli" else best_variance(x, logits)
     log_px = log_likelihood(x, logits, opt.likelihood, variance).mean()
@@ -535,7 +535,7 @@ CHECKPOINT_SECONDS = 30  # at most so much is trained again after a stop
 def start(opt: Namespace, loader: DataLoader, **parts) -> Namespace:
     """A new run, or the one to resume at its checkpoint, which holds `parts`; `done` counts batches."""
     if len(loader) == 0 or opt.batch_size % WORLD or opt.batch_size < 2 * WORLD:
-        raise OSError(f"--batch_size {opt.batch_size}: for {len(loader.dataset)} images and {WORLD} processes to share")
+        raise OSError(f"--batch_size {opt.batch_size}: above {len(loader.dataset)} images or not for {WORLD} processes")
     if loader.dataset[0][0].is_floating_point():
         raise TypeError("images must be uint8, from 0 to 255")
     if WORLD > 1 and not dist.is_initialized():

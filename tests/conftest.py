@@ -72,7 +72,7 @@ def images(tmp_path_factory):
 
 SMALL = ["--batch_size", "8", "--img_size", "16", "--sample_interval", "4"]
 SMALLER = {name: ["--latent_dim", "4"] for name in ("vae", "gan", "cgan", "vqvae")}
-SMALLER["vae"] += ["--arch", "mlp"]
+SMALLER["vae"] += ["--arch", "mlp", "--warmup", "9"]
 SMALLER["vqvae"] += ["--hidden_dim", "8", "--residual_dim", "4", "--n_embeddings", "16"]
 SMALLER["pixelcnn"] = ["--hidden_dim", "8", "--n_layers", "1", "--channels", "1", "--img_size", "8"]
 
