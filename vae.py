@@ -218,14 +218,14 @@ def best_variance(x: Tensor, logits: Tensor) -> Tensor:
     return (x - logits.sigmoid()).square().mean().detach().clamp(min=1e-6)
 
 
-def train_step(model: VAE, optimizer: torch.optim.Adam, x: Tensor, labels: Tensor, opt: Namespace, step: int) -> dict:
-    """Raise E_q[log p(x|z)] - beta KL, as of this step, with one z an image; returns ELBO and terms."""
+def train_step(model: VAE, optimizer: torch.optim.Optimizer, x: Tensor, labels: Tensor, opt: Namespace, i: int) -> dict:
+    """Raise E_q[log p(x|z)] - beta KL, as of batch i, with one z an image; returns ELBO and terms."""
     logits, mu, logvar = (output.float() for output in model(x, labels))
     variance = model.variance if opt.sigma or opt.likelihood == "bernoulli" else best_variance(x, logits)
     log_px = log_likelihood(x, logits, opt.likelihood, variance).mean()
     kl = kl_divergence(mu, logvar).mean()
     optimizer.zero_grad()
-    beta = opt.beta * min(1, (step + 1) / (opt.warmup or 1))
+    beta = opt.beta * min(1, (i + 1) / (opt.warmup or 1))
     (beta * kl - log_px).backward()
     mean_gradients(model)
     optimizer.step()
