@@ -76,6 +76,7 @@ def floor(opt: argparse.Namespace) -> None:
     o = script.parse_args(shlex.split(opt.ours[0]))
     if opt.script == "vae" or o.arch != "mlp" or o.amp or len(opt.ours) > 1:
         sys.exit("--floor: of gan and cgan with --arch mlp, in float32, with one --ours")
+    script.find_device(o)  # so that steps keep their memory, as in training
     extra = [10] if opt.script == "cgan" else []
     seen = [o.conditioning, o.noise] if extra else [o.noise, o.spread]  # by D
     G = script.Generator(o.latent_dim, *extra, o.img_size, 1, "mlp")
