@@ -372,7 +372,7 @@ def find_device(opt: Namespace) -> torch.device:
         device = torch.device(best if opt.device == "auto" else opt.device)
         if WORLD > 1 and device.type != "cpu":
             torch.get_device_module(device).set_device(int(os.environ["LOCAL_RANK"]))
-        torch.zeros(8_000_000, device=device)[0].item()  # frees 32 MB: malloc now keeps what a step frees
+        torch.zeros(8_000_000, device=device)[0].item()  # 32 MB, freed: glibc then keeps 64 MB of a step
         if opt.amp:
             torch.autocast(device.type, torch.bfloat16)
     except (RuntimeError, AssertionError, ImportError) as e:

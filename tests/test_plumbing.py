@@ -41,11 +41,13 @@ import argparse, resource, sys, torch
 sys.path.insert(0, {str(ROOT)!r})
 import cgan
 device = cgan.find_device(argparse.Namespace(device="cpu", amp=False))
-for _ in range(3):
+pages = []
+for _ in range(9):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     blocks = [torch.ones(1_000_000, device=device) for _ in range(8)]
     del blocks
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(pages))
 """
 
 
@@ -57,7 +59,8 @@ def children(images, tmp_path_factory):
     few, started = ["--dataset", str(images), "--batch_size", "8", "--sample_interval", "4"], {}
     options = {name: ["--n_epochs", "1", *few, *smaller.get(name, [])] for name in SCRIPTS}
     options["cgan"] = ["--n_epochs", "1", "--batch_size", "500", "--sample_interval", "10"]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))} | {"OMP_NUM_THREADS": "1"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     for name in (*SCRIPTS, "imports", "memory"):
         folder = tmp_path_factory.mktemp(name)
         command = ["-B", "-c", MEMORY if name == "memory" else IMPORTS]
@@ -686,7 +689,7 @@ def test_importing_does_nothing(children):
     assert not list(folder.iterdir())
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of this malloc alone it is known")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or platform.machine() != "x86_64", reason="another malloc")
 def test_memory_is_kept_from_step_to_step(children):
     """Without find_device it is given back and comes again as 8000 new pages: some hundredths of a step's time."""
     out, err = children["memory"][1].communicate()
