@@ -252,6 +252,13 @@ def test_log_and_second_run(script, small):
     assert {file for file in run.rglob("*") if file.is_file()} == set(before)
 
 
+def test_a_report_counts_in_whole_numbers(script, capsys):
+    """As long as a default training is: not 1.874e+05 batches."""
+    run = argparse.Namespace(done=187_400, per_epoch=937, began=0.0, totals={"loss": 0.5 * 937})
+    script.report(run, argparse.Namespace(batch_size=64))
+    assert capsys.readouterr().out.startswith("epoch 200 batches_done 187400 loss 0.5 seconds ")
+
+
 def test_the_log_has_the_means_of_an_epoch(script, small, monkeypatch):
     seen, after_batch = [], script.after_batch
     monkeypatch.setattr(
