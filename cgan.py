@@ -1,18 +1,18 @@
 """Conditional GAN: a generator that draws the class it is asked for, in one file.
 
 A generator G turns noise z and a label y into an image; a discriminator D scores how real an image looks for its
-label. G pulls the scores of its fakes to 1, D pulls them to 0 and those of real images to 1, by least squares:
+label. G pulls the scores of its fakes to 1, D pulls them to 0 and those of real images to 1:
 
     min_G      E[(D(G(z, y), y) - 1)^2]
     min_D  1/2 E[(D(x, y) - 1)^2] + 1/2 E[D(G(z, y), y)^2]
 
 Conditional GAN: Mirza & Osindero 2014, arXiv:1411.1784. Least squares: Mao et al. 2017, arXiv:1611.04076 (equation 9).
 Label in D: Miyato & Koyama 2018, arXiv:1802.05637. Noise on what D sees: Sønderby et al. 2016, arXiv:1610.04490.
-Average of G: Yazici et al. 2019, arXiv:1806.04498. Without the last three, at a constant rate: --conditioning concat
---noise 0 --ema 0 --lr 2e-4 --lr_hold 0
+Mislabelled images as fakes: Reed et al. 2016, arXiv:1605.05396. Average of G: Yazici et al. 2019, arXiv:1806.04498.
+The first two papers alone: --conditioning concat --noise 0 --mislabel 0 --ema 0 --lr 2e-4 --lr_hold 0
 
-    python cgan.py --n_epochs 20                          # MNIST; without a network: built-in digits
-    python cgan.py --arch conv --dataset path/to/folder   # your images, one sub-folder a class
+    python cgan.py --n_epochs 20                  # MNIST; without a network: built-in digits
+    python cgan.py --arch conv --dataset folder   # your images, one sub-folder a class
     python cgan.py --resume runs/cgan --generate 100 --labels 3 7
 """
 
@@ -54,12 +54,13 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--n_epochs", type=number(int), default=200, help="passes over the images; 0 only sets up")
     add("--batch_size", type=number(int, 2), default=64, help="images a step, 2 or more")
     add("--lr", type=number(float, 1e-9), default=4e-4, help="Adam's learning rate, above 0")
-    add("--lr_hold", type=number(int), default=2000, help="batches at --lr, which then falls as 1/sqrt; 0: never")
+    add("--lr_hold", type=number(int), default=2000, help="batches at --lr, which then falls as 1/sqrt; 0: it stays")
     add("--b1", type=number(float, below=1), default=0.5, help="Adam's decay of the gradient, in [0, 1)")
     add("--b2", type=number(float, below=1), default=0.999, help="Adam's decay of its square, in [0, 1)")
     add("--arch", choices=["mlp", "conv"], default="mlp", help="fully connected or convolutional")
     add("--conditioning", choices=["projection", "concat"], default="projection", help="how D is given the label")
-    add("--noise", type=number(float), help="deviation of the noise that D sees; None: 0.1, conv 0.2")
+    add("--noise", type=number(float), help="deviation of the noise that D sees; None: 0.1, conv 0.3")
+    add("--mislabel", type=number(float, below=1), help="share of reals faked by random labels; None: 0, conv 0.05")
     add("--ema", type=number(float, below=1), default=0.999, help="decay of G's average, in [0, 1); 0: off")
     add("--latent_dim", type=number(int, 1), default=100, help="size of z")
     add("--img_size", type=number(int, 1), default=32, help="side of the images; conv: a multiple of 8")
@@ -78,8 +79,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--generate", type=number(int, 1), metavar="N", help="with --resume: write N images")
     add("--labels", type=number(int), nargs="+", metavar="Y", help="with --generate: the classes; None: all")
     opt = finish_options(p, argv, acts=["generate"], free=["labels"])
-    opt.noise = {"mlp": 0.1, "conv": 0.2}[opt.arch] if opt.noise is None else opt.noise
-    if opt.arch == "conv" and opt.img_size % 8:
+    conv = opt.arch == "conv"
+    opt.noise = (0.3 if conv else 0.1) if opt.noise is None else opt.noise
+    opt.mislabel = 0.05 * conv if opt.mislabel is None else opt.mislabel
+    if conv and opt.img_size % 8:
         p.error(f"--img_size {opt.img_size}: --arch conv needs a multiple of 8")
     if opt.labels and not opt.generate:
         p.error("--labels goes with --generate")
@@ -116,28 +119,19 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Images (N, channels, img_size, img_size) in [-1, 1], labels (N,) -> scores (N, 1): 1 for real, 0 for fake.
 
-    conditioning: projection scores w.h(x) + e(y).h(x) with features h and an embedding e (arXiv:1802.05637);
-    concat makes e(y) one more input. noise: deviation of what is added to all images in training, or D would know
-    fakes by a background not quite black (arXiv:1610.04490).
+    conditioning: projection scores w.h(x) + e(y).h(x) with features h and an embedding e; concat makes e(y) one more
+    input. noise: deviation of what is added to all images in training, or D would know fakes by a background not
+    quite black.
     """
 
-    def __init__(
-        self,
-        n_classes: int,
-        img_size: int,
-        channels: int,
-        arch: str = "mlp",
-        conditioning: str = "projection",
-        noise: float = 0.0,
-    ):
+    def __init__(self, n_classes: int, img_size: int, channels: int, arch: str, conditioning: str, noise: float = 0.0):
         super().__init__()
         self.arch, self.concat, self.noise = arch, conditioning == "concat", noise
         if arch == "mlp":
-            n_features, n_embed = 512, n_classes
-            layers = [nn.Linear(channels * img_size**2 + n_embed * self.concat, 512), nn.LeakyReLU(0.2)]
-            for _ in range(2):
-                layers += [nn.Linear(512, 512), nn.LeakyReLU(0.2)]
-        else:  # concat: the label is one more channel, an image of its own
+            n_features, n_embed, layers = 512, n_classes, []
+            for n_in in [channels * img_size**2 + n_embed * self.concat, 512, 512]:
+                layers += [nn.Linear(n_in, 512), nn.LeakyReLU(0.2)]
+        else:  # concat: the label is one more channel
             n_features, n_embed, layers = 128 * (img_size // 8) ** 2, img_size**2, []
             for n_in, n_out in [(channels + self.concat, 32), (32, 64), (64, 128)]:
                 layers += [nn.Conv2d(n_in, n_out, 4, 2, 1), nn.LeakyReLU(0.2)]
@@ -161,19 +155,22 @@ class Discriminator(nn.Module):
 
 
 def generator_step(G: nn.Module, D: nn.Module, opt_G: Optimizer, z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Pull D's scores of fakes to 1; D stays. Returns loss and scores (N, 1), with their graph: D sees a fake once."""
+    """Pull D's scores of fakes to 1; D stays. Returns loss and scores (N, 1), with their graph, for D's step."""
     fake_scores = D(G(z, labels), labels).float()
     loss = (fake_scores - 1).square().mean()
     opt_G.zero_grad()
-    loss.backward(inputs=list(G.parameters()), retain_graph=True)  # discriminator_step goes through D again
+    loss.backward(inputs=list(G.parameters()), retain_graph=True)
     mean_gradients(G)
     opt_G.step()
     return loss.detach(), fake_scores
 
 
-def discriminator_step(D: nn.Module, opt_D: Optimizer, real: Tensor, labels: Tensor, fake_scores: Tensor) -> Tensor:
-    """Pull D's scores of real images, in [-1, 1], to 1 and those of fakes to 0; G stays. Returns the loss."""
-    loss = ((D(real, labels).float() - 1).square().mean() + fake_scores.square().mean()) / 2
+def discriminator_step(
+    D: nn.Module, opt_D: Optimizer, real: Tensor, labels: Tensor, shown: Tensor, fake_scores: Tensor
+) -> Tensor:
+    """Pull D's scores of real images, in [-1, 1], to 1 (`shown` a wrong label: 0), of fakes to 0. Returns the loss."""
+    target = (shown == labels).float()[:, None]
+    loss = ((D(real, shown).float() - target).square().mean() + fake_scores.square().mean()) / 2
     opt_D.zero_grad()
     loss.backward(inputs=list(D.parameters()))
     mean_gradients(D)
@@ -199,9 +196,9 @@ def train(opt: Namespace) -> Path:
     torch.manual_seed(opt.seed)
     G = Generator(opt.latent_dim, opt.n_classes, opt.img_size, opt.channels, opt.arch)
     D = Discriminator(opt.n_classes, opt.img_size, opt.channels, opt.arch, opt.conditioning, opt.noise)
-    G_avg = copy.deepcopy(G).eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    G, D = (m.to(device, memory_format=torch.channels_last) for m in (G, D))  # faster
+    G_avg = copy.deepcopy(G).eval().requires_grad_(False)
     for network in (G, D):
-        network.to(device, memory_format=torch.channels_last)  # faster for convolutions
         if opt.amp:
             network.forward = torch.autocast(device.type, torch.bfloat16)(network.forward)
         if opt.compile:
@@ -220,14 +217,16 @@ def train(opt: Namespace) -> Path:
                     continue
                 if i % opt.sample_interval == 0:
                     save_grid(run, (G_avg(grid_z, grid_labels) + 1) / 2, columns)
-                for group in opt_G.param_groups + opt_D.param_groups:  # --lr, then it falls
+                for group in opt_G.param_groups + opt_D.param_groups:
                     group["lr"] = opt.lr * min(1, (opt.lr_hold or i + 1) / (i + 1)) ** 0.5
                 seed(opt.seed, "batch", i, RANK)  # of noise, so that a resumed run has the same
                 real, labels = (part[RANK::WORLD].to(device) for part in (real, labels))
                 z = torch.randn(len(real), opt.latent_dim, device=device)
-                fake_labels = torch.randint(opt.n_classes, (len(real),), device=device)
+                fake_labels = torch.randint_like(labels, opt.n_classes)
+                n = len(range(round(opt.mislabel * opt.batch_size))[RANK::WORLD])  # of this process
+                shown = torch.cat([fake_labels[:n], labels[n:]])
                 g_loss, fake_scores = generator_step(G, D, opt_G, z, fake_labels)
-                d_loss = discriminator_step(D, opt_D, real / 127.5 - 1, labels, fake_scores)
+                d_loss = discriminator_step(D, opt_D, real / 127.5 - 1, labels, shown, fake_scores)
                 average(G_avg, G, opt.ema, i)
                 after_batch(run, opt, d_loss=d_loss, g_loss=g_loss)
             after_epoch(run, opt)

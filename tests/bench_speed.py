@@ -89,7 +89,7 @@ def floor(opt: argparse.Namespace) -> None:
 
     def step():
         _, fake = script.generator_step(G, D, opt_G, torch.randn(o.batch_size, o.latent_dim), *given)
-        script.discriminator_step(D, opt_D, real, *given, fake)
+        script.discriminator_step(D, opt_D, real, *given * 2, fake)  # cgan: labels, and those shown
         script.average(G_avg, G, o.ema, 10**6)
 
     products = []

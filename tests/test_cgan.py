@@ -2,6 +2,7 @@
 
 import copy
 import math
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -44,12 +45,12 @@ def test_both_networks_use_the_label(cgan, arch, conditioning):
 
 
 def test_the_mlp_has_the_parameters_of_the_recipe(cgan):
-    G, D = cgan.Generator(100, 10, 32, 1), cgan.Discriminator(10, 32, 1, conditioning="concat")
+    G, D = cgan.Generator(100, 10, 32, 1), cgan.Discriminator(10, 32, 1, "mlp", "concat")
     sizes = [110, 128, 256, 512, 1024, 1024]
     linear = sum(a * b + b for a, b in zip(sizes, sizes[1:]))
     assert sum(p.numel() for p in G.parameters()) == linear + 2 * (256 + 512 + 1024) + 100
     assert sum(p.numel() for p in D.parameters()) == 1034 * 512 + 512 + 2 * (512 * 512 + 512) + 513 + 100
-    projection = cgan.Discriminator(10, 32, 1)
+    projection = cgan.Discriminator(10, 32, 1, "mlp", "projection")
     assert sum(p.numel() for p in projection.parameters()) == 1024 * 512 + 512 + 2 * (512 * 512 + 512) + 513 + 10 * 512
     assert all(m.eps == 1e-5 for m in G.modules() if isinstance(m, nn.BatchNorm1d))
 
@@ -57,7 +58,7 @@ def test_the_mlp_has_the_parameters_of_the_recipe(cgan):
 def test_noise_on_what_the_discriminator_sees(cgan):
     """In training alone, new for each pass and each pixel, of the deviation asked for."""
     seen = []
-    D = cgan.Discriminator(3, 64, 1, noise=0.2)
+    D = cgan.Discriminator(3, 64, 1, "mlp", "projection", noise=0.2)
     D.features.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     images, labels = torch.zeros(20, 1, 64, 64), torch.zeros(20, dtype=torch.long)
     for training in (True, True, False):
@@ -65,7 +66,7 @@ def test_noise_on_what_the_discriminator_sees(cgan):
     assert not torch.equal(seen[0], seen[1]) and seen[0].mean().abs() < 0.01
     assert seen[0].std().item() == pytest.approx(0.2, rel=0.02)
     assert not seen[2].any()
-    given = {(): 0.1, ("--arch", "conv"): 0.2, ("--arch", "conv", "--noise", "0"): 0.0, ("--noise", "0.3"): 0.3}
+    given = {(): 0.1, ("--arch", "conv"): 0.3, ("--arch", "conv", "--noise", "0"): 0.0, ("--noise", "0.3"): 0.3}
     assert all(cgan.parse_args(list(argv)).noise == noise for argv, noise in given.items())
 
 
@@ -100,8 +101,40 @@ def test_losses_by_hand(cgan):
     assert g_loss.item() == ((3 - 1) ** 2 + (24 - 1) ** 2) / 2
     # dL/dw = mean(2 (score - 1) * score / w)
     assert G.weight.item() == pytest.approx(2 - 0.1 * ((2 * 2 * 1.5) + (2 * 23 * 12)) / 2)
-    d_loss = cgan.discriminator_step(D, torch.optim.SGD(D.parameters(), lr=0.1), real, labels, scores)
+    d_loss = cgan.discriminator_step(D, torch.optim.SGD(D.parameters(), lr=0.1), real, labels, labels, scores)
     assert d_loss.item() == ((3 - 1) ** 2 + (3 - 1) ** 2) / 4 + (3**2 + 24**2) / 4
+    D, shown = Fixed(3.0), torch.tensor([2, 2])  # real images score 3 * 1 * 2 and 3 * 0.5 * 2; the first is no 2
+    d_loss = cgan.discriminator_step(D, torch.optim.SGD(D.parameters(), lr=0.1), real, labels, shown, D(z, labels))
+    assert d_loss.item() == (6**2 + (3 - 1) ** 2) / 4 + (1.5**2 + 6**2) / 4
+    # of fakes 3 * 0.5 * 1 and 3 * 1 * 2; dL/dw = mean((score - target) * score / w)
+    assert D.weight.item() == pytest.approx(3 - 0.1 * (6 * 2 + 2 * 1 + 1.5 * 0.5 + 6 * 2) / 2)
+
+
+def test_images_shown_under_wrong_labels(cgan, images, tmp_path, monkeypatch):
+    """The first so many of a batch, under labels drawn from all classes, of which some are right by chance."""
+    seen, asked, step, g_step = [], [], cgan.discriminator_step, cgan.generator_step
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cgan, "discriminator_step", lambda *args: (seen.append(args[3:5]), step(*args))[1])
+    monkeypatch.setattr(cgan, "generator_step", lambda *args: (asked.append(args[4]), g_step(*args))[1])
+    argv = ["--dataset", str(images), "--img_size", "8", "--batch_size", "10", "--n_epochs", "20"]
+    for share, n in (("0", 0), ("0.38", 4), ("0.42", 4)):
+        seen.clear()
+        cgan.train(cgan.parse_args([*argv, "--mislabel", share]))
+        labels, shown = (torch.stack(part) for part in zip(*seen))
+        wrong = (labels != shown).float().mean(0)
+        assert (wrong[:n] > 0.4).all() and (wrong[:n] < 0.9).all() and not wrong[n:].any()  # 2 in 3 of 3 classes
+        for drawn in (torch.stack(asked), shown[:, :n]):  # from all classes, alike
+            assert not n or (drawn.flatten().bincount(minlength=3) / drawn.numel() > 0.25).all()
+    monkeypatch.setattr(cgan, "WORLD", 2)  # processes share the rows
+    monkeypatch.setattr(cgan, "dist", MagicMock())
+    for rank, n in ((0, 2), (1, 1)):
+        seen.clear()
+        monkeypatch.setattr(cgan, "RANK", rank)
+        cgan.train(cgan.parse_args([*argv, "--mislabel", "0.3"]))
+        wrong = torch.stack([labels != shown for labels, shown in seen]).any(0)
+        assert wrong.tolist() == [True] * n + [False] * (5 - n)
+    given = {(): 0, ("--arch", "conv"): 0.05, ("--arch", "conv", "--mislabel", "0"): 0, ("--mislabel", "0.3"): 0.3}
+    assert all(cgan.parse_args(list(argv)).mislabel == share for argv, share in given.items())
 
 
 @pytest.mark.parametrize("arch", ["mlp", "conv"])
@@ -119,7 +152,7 @@ def test_each_step_trains_one_network_alone(cgan, arch):
 
     before, gradients = copy.deepcopy(G.state_dict()), [p.grad.clone() for p in G.parameters()]
     weights = [p.clone() for p in D.parameters()]
-    cgan.discriminator_step(D, opt_D, real, labels, scores)
+    cgan.discriminator_step(D, opt_D, real, labels, labels, scores)
     assert all(torch.equal(a, b) for a, b in zip(before.values(), G.state_dict().values()))
     assert all(torch.equal(a, p.grad) for a, p in zip(gradients, G.parameters()))
     assert any(not torch.equal(a, p) for a, p in zip(weights, D.parameters()))
@@ -136,7 +169,7 @@ def test_one_pass_over_the_fakes_gives_the_gradients_of_two(cgan):
     ) / 2
     wanted = torch.autograd.grad(loss, list(D.parameters()))
     _, scores = cgan.generator_step(G, D, adam(G), z, labels)
-    cgan.discriminator_step(D, adam(D), real, labels, scores)
+    cgan.discriminator_step(D, adam(D), real, labels, labels, scores)
     for a, p in zip(wanted, D.parameters()):
         torch.testing.assert_close(a, p.grad)
 

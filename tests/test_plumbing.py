@@ -119,9 +119,9 @@ DEFAULTS = {
     "vqvae": COMMON | VQVAE | dict(img_size=32, out_dir="runs/vqvae", encode=None, decode=None),
     "pixelcnn": COMMON | PIXELCNN | dict(img_size=28, out_dir="runs/pixelcnn", labels=None, temperature=1.0),
 }
-DEFAULTS["cgan"] |= dict(noise=0.1, lr=4e-4, lr_hold=2000)
-FOUND_LATER = [("gan", "img_size"), ("gan", "noise"), ("cgan", "noise"), ("vae", "hidden_dims")]  # by --arch
-FOUND_LATER += [("pixelcnn", "n_layers"), ("pixelcnn", "dropout")]
+DEFAULTS["cgan"] |= dict(noise=0.1, mislabel=0.0, lr=4e-4, lr_hold=2000)
+FOUND_LATER = [("gan", "img_size"), ("gan", "noise"), ("cgan", "noise"), ("cgan", "mislabel")]  # by --arch
+FOUND_LATER += [("vae", "hidden_dims"), ("pixelcnn", "n_layers"), ("pixelcnn", "dropout")]
 
 
 def test_options_and_defaults(script):

@@ -17,17 +17,19 @@ sys.path.insert(0, {str(ROOT)!r})
 import argparse, cgan, gan, pixelcnn, vae, vqvae
 torch.manual_seed(0)
 real, z, labels = torch.rand(8, 1, 16, 16), torch.randn(8, 4), torch.arange(8) % 3
+shown = torch.ones_like(labels)
 mine = slice(cgan.RANK, None, cgan.WORLD)
 if cgan.WORLD > 1:
     dist.init_process_group("gloo")
 gradients = {{}}
 def sgd(model): return torch.optim.SGD(model.parameters(), lr=0.1)
-for script, options, given, more in ((cgan, (3,), (labels[mine],), {{}}), (gan, (), (), dict(spread=False))):
+conditional = cgan, (3,), (labels[mine],), (shown[mine],), dict(conditioning="projection")
+for script, options, given, wrong, more in (conditional, (gan, (), (), (), dict(spread=False))):
     for arch in ("mlp", "conv"):
         G = script.Generator(4, *options, 16, 1, arch).eval()
         D = script.Discriminator(*options, 16, 1, arch, **more).eval()
         _, fake = script.generator_step(G, D, sgd(G), z[mine], *given)
-        script.discriminator_step(D, sgd(D), real[mine] * 2 - 1, *given, fake)
+        script.discriminator_step(D, sgd(D), real[mine] * 2 - 1, *given, *wrong, fake)
         for k, p in enumerate([*G.parameters(), *D.parameters()]):
             gradients[f"{{script.__name__}} {{arch}} {{k}}"] = p.grad
 model = vae.VAE("mlp", [8], 3, 16, 1, 1, False)
