@@ -116,7 +116,7 @@ def test_images_shown_under_wrong_labels(cgan, images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cgan, "discriminator_step", lambda *args: (seen.append(args[3:5]), step(*args))[1])
     monkeypatch.setattr(cgan, "generator_step", lambda *args: (asked.append(args[4]), g_step(*args))[1])
-    argv = ["--dataset", str(images), "--img_size", "8", "--batch_size", "10", "--n_epochs", "20"]
+    argv = ["--dataset", str(images), "--img_size", "8", "--batch_size", "10", "--n_epochs", "6"]
     for share, n in (("0", 0), ("0.38", 4), ("0.42", 4)):
         seen.clear()
         cgan.train(cgan.parse_args([*argv, "--mislabel", share]))
