@@ -202,6 +202,18 @@ def test_help_says_every_default(script, capsys):
             assert f"(default: {value})" in text
 
 
+def test_readme_lists_the_options(script):
+    """A cell of the table is empty where a script has no such option, and only there."""
+    table = (ROOT / "README.md").read_text().partition("| option |")[2].partition("\n\n")[0]
+    column = [name.strip() for name in table.splitlines()[0].split("|")].index(script.__name__) + 1
+    listed = set()
+    for row in table.splitlines()[2:]:
+        cells = row.split("|")
+        if cells[column + 1].strip():
+            listed |= set(re.findall(r"--(\w+)", cells[1]))
+    assert listed == set(DEFAULTS[script.__name__])
+
+
 # ---------------------------------------------------------------- a script as users run it
 
 
