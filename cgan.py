@@ -60,7 +60,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--arch", choices=["mlp", "conv"], default="mlp", help="fully connected or convolutional")
     add("--conditioning", choices=["projection", "concat"], default="projection", help="how D is given the label")
     add("--noise", type=number(float), help="deviation of the noise that D sees; None: 0.1, conv 0.3")
-    add("--mislabel", type=number(float, below=1), help="share of reals faked by random labels; None: 0, conv 0.05")
+    add("--mislabel", type=number(float, below=1), help="share of reals D gets with random labels; None: 0, conv 0.05")
     add("--ema", type=number(float, below=1), default=0.999, help="decay of G's average, in [0, 1); 0: off")
     add("--latent_dim", type=number(int, 1), default=100, help="size of z")
     add("--img_size", type=number(int, 1), default=32, help="side of the images; conv: a multiple of 8")
@@ -441,7 +441,7 @@ def report(run: Namespace, opt: Namespace, **more: float) -> dict[str, float]:
     row |= {name: float(total) / n for name, total in run.totals.items()} | more
     row |= dict(seconds=round(seconds, 2), images_per_second=round(n * opt.batch_size / seconds))
     if RANK == 0:
-        text = " ".join(f"{name} {value:.6g}" for name, value in row.items())
+        text = " ".join(f"{name} {round(value, 4)}" for name, value in row.items())
         width = max(os.get_terminal_size().columns, 1) - 1 if sys.stdout.isatty() else 0  # over the last report
         print(f"{text:{width}.{width}}" if width else text, end="\r" if width else "\n", flush=True)
     return row

@@ -52,7 +52,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--n_epochs", type=number(int), default=200, help="passes over the images; 0 only sets up")
     add("--batch_size", type=number(int, 2), default=64, help="images a step, 2 or more")
     add("--lr", type=number(float, 1e-9), default=6e-4, help="Adam's learning rate, above 0")
-    add("--lr_hold", type=number(int), default=8000, help="batches until it falls, as 1/sqrt; 0: it stays")
+    add("--lr_hold", type=number(int), default=8000, help="batches until it falls as 1/sqrt; 0: stays")
     add("--b1", type=number(float, below=1), default=0.5, help="Adam's decay of the gradient, in [0, 1)")
     add("--b2", type=number(float, below=1), default=0.999, help="Adam's decay of its square, in [0, 1)")
     add("--arch", choices=["mlp", "conv"], default="mlp", help="fully connected or convolutional")
@@ -408,7 +408,7 @@ def report(run: Namespace, opt: Namespace, **more: float) -> dict[str, float]:
     row |= {name: float(total) / n for name, total in run.totals.items()} | more
     row |= dict(seconds=round(seconds, 2), images_per_second=round(n * opt.batch_size / seconds))
     if RANK == 0:
-        text = " ".join(f"{name} {value:.6g}" for name, value in row.items())
+        text = " ".join(f"{name} {round(value, 4)}" for name, value in row.items())
         width = max(os.get_terminal_size().columns, 1) - 1 if sys.stdout.isatty() else 0  # over the last report
         print(f"{text:{width}.{width}}" if width else text, end="\r" if width else "\n", flush=True)
     return row

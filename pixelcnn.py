@@ -759,7 +759,7 @@ def report(run: Namespace, opt: Namespace, **more: float) -> dict[str, float]:
     row |= {name: float(total) / n for name, total in run.totals.items()} | more
     row |= dict(seconds=round(seconds, 2), images_per_second=round(n * opt.batch_size / seconds))
     if RANK == 0:
-        text = " ".join(f"{name} {value:.6g}" for name, value in row.items())
+        text = " ".join(f"{name} {round(value, 4)}" for name, value in row.items())
         width = max(os.get_terminal_size().columns, 1) - 1 if sys.stdout.isatty() else 0  # over the last report
         print(f"{text:{width}.{width}}" if width else text, end="\r" if width else "\n", flush=True)
     return row

@@ -265,10 +265,10 @@ def test_log_and_second_run(script, small):
 
 
 def test_a_report_counts_in_whole_numbers(script, capsys):
-    """As long as a default training is: not 1.874e+05 batches."""
-    run = argparse.Namespace(done=187_400, per_epoch=937, began=0.0, totals={"loss": 0.5 * 937})
+    """However long a training is: not 1.874e+06 batches."""
+    run = argparse.Namespace(done=1_874_000, per_epoch=937, began=0.0, totals={"loss": 0.25008 * 937})
     script.report(run, argparse.Namespace(batch_size=64))
-    assert capsys.readouterr().out.startswith("epoch 200 batches_done 187400 loss 0.5 seconds ")
+    assert capsys.readouterr().out.startswith("epoch 2000 batches_done 1874000 loss 0.2501 seconds ")
 
 
 def test_the_log_has_the_means_of_an_epoch(script, small, monkeypatch):
