@@ -223,7 +223,7 @@ def train(opt: Namespace) -> Path:
                 real, labels = (part[RANK::WORLD].to(device) for part in (real, labels))
                 z = torch.randn(len(real), opt.latent_dim, device=device)
                 fake_labels = torch.randint_like(labels, opt.n_classes)
-                n = len(range(round(opt.mislabel * opt.batch_size))[RANK::WORLD])  # of this process
+                n = len(range(round(opt.mislabel * opt.batch_size))[RANK::WORLD])  # mislabelled here
                 shown = torch.cat([fake_labels[:n], labels[n:]])
                 g_loss, fake_scores = generator_step(G, D, opt_G, z, fake_labels)
                 d_loss = discriminator_step(D, opt_D, real / 127.5 - 1, labels, shown, fake_scores)
