@@ -1,519 +1,782 @@
-"""Conditional GAN: a generator that draws the class it is asked for, in one file.
+"""Conditional GAN: draws images of the class you ask for.
 
-A generator G turns noise z and a label y into an image; a discriminator D scores how real an image looks for its
-label. G pulls the scores of its fakes to 1, D pulls them to 0 and those of real images to 1:
+The generator G turns noise z and a label y into an image. The discriminator D scores how real an image
+looks for its label. D pushes the scores of real images towards 1 and those of G's fakes towards 0;
+G pushes the scores of its fakes towards 1 (least squares):
 
-    min_G      E[(D(G(z, y), y) - 1)^2]
-    min_D  1/2 E[(D(x, y) - 1)^2] + 1/2 E[D(G(z, y), y)^2]
+    D minimises    E[(D(x, y) - 1)^2] / 2  +  E[D(G(z, y), y)^2] / 2
+    G minimises    E[(D(G(z, y), y) - 1)^2]
 
-Conditional GAN: Mirza & Osindero 2014, arXiv:1411.1784. Least squares: Mao et al. 2017, arXiv:1611.04076 (equation 9).
-Label in D: Miyato & Koyama 2018, arXiv:1802.05637. Noise on what D sees: Sønderby et al. 2016, arXiv:1610.04490.
-Mislabelled images as fakes: Reed et al. 2016, arXiv:1605.05396. Average of G: Yazici et al. 2019, arXiv:1806.04498.
-The first two papers alone: --conditioning concat --noise 0 --mislabel 0 --ema 0 --lr 2e-4 --lr_hold 0
+Conditional GAN: Mirza & Osindero 2014, arXiv:1411.1784. Least squares: Mao et al. 2017,
+arXiv:1611.04076, equation 9, with twice the loss of G. Label in D: Miyato & Koyama 2018,
+arXiv:1802.05637. Noise on D's input: Sønderby et al. 2016, arXiv:1610.04490. Averaged weights:
+Yazici et al. 2019, arXiv:1806.04498.
 
-    python cgan.py --n_epochs 20                  # MNIST; without a network: built-in digits
-    python cgan.py --arch conv --dataset folder   # your images, one sub-folder a class
+    python cgan.py --n_epochs 20                          # MNIST; built-in digits when offline
+    python cgan.py --arch conv --dataset path/to/folder   # your images, one sub-folder per class
     python cgan.py --resume runs/cgan --generate 100 --labels 3 7
 """
 
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "torchvision", "numpy", "pillow>=10.1"]
+# dependencies = ["torch>=2.6", "torchvision", "pillow>=10.1"]
 # ///
 
 import argparse
 import copy
-import functools
+import csv
+import io
+import itertools
+import json
 import os
 import random
 import socket
 import sys
+import tempfile
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
-from torchvision import datasets, utils
+from torchvision import datasets
 from torchvision.transforms import v2
+from torchvision.utils import save_image
 
-SCRIPT = "cgan"  # in checkpoints, which no other script reads; give your copy a name of its own
+SCRIPT = Path(__file__).stem  # a script resumes its own runs only
+USES = {"generate", "labels"}  # options that use a trained run: they need --resume
 
-# ---------------- options
+# ---------------------------------------------------------------- options
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    """Options from argv (default: the command line). Raises SystemExit for a bad one, OSError for a bad run."""
-    p = ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add, flag = p.add_argument, dict(action=argparse.BooleanOptionalAction, default=False)
-    add("--n_epochs", type=number(int), default=200, help="passes over the images; 0 only sets up")
-    add("--batch_size", type=number(int, 2), default=64, help="images a step, 2 or more")
-    add("--lr", type=number(float, 1e-9), default=4e-4, help="Adam's learning rate, above 0")
-    add("--lr_hold", type=number(int), default=2000, help="batches at --lr, which then falls as 1/sqrt; 0: it stays")
-    add("--b1", type=number(float, below=1), default=0.5, help="Adam's decay of the gradient, in [0, 1)")
-    add("--b2", type=number(float, below=1), default=0.999, help="Adam's decay of its square, in [0, 1)")
+    """Parse argv (default: the command line).
+
+    Raises SystemExit for a bad option, and InputError if --resume names no run of this script.
+    """
+    p = ArgumentParser(usage="%(prog)s [options]", description=__doc__, formatter_class=Help)
+    add = p.add_argument_group("model").add_argument
     add("--arch", choices=["mlp", "conv"], default="mlp", help="fully connected or convolutional")
-    add("--conditioning", choices=["projection", "concat"], default="projection", help="how D is given the label")
-    add("--noise", type=number(float), help="deviation of the noise that D sees; None: 0.1, conv 0.3")
-    add("--mislabel", type=number(float, below=1), help="share of reals D gets with random labels; None: 0, conv 0.05")
-    add("--ema", type=number(float, below=1), default=0.999, help="decay of G's average, in [0, 1); 0: off")
-    add("--latent_dim", type=number(int, 1), default=100, help="size of z")
-    add("--img_size", type=number(int, 1), default=32, help="side of the images; conv: a multiple of 8")
-    add("--channels", type=int, choices=[1, 3], help="1: grey, 3: colour; None: as in the data, a folder 3")
-    add("--n_classes", type=number(int, 1), help="number of classes; None: the data's")
-    add("--sample_interval", type=number(int, 1), default=400, help="batches between sample grids")
-    add("--n_cpu", type=number(int), default=8, help="processes to decode a folder, at most")
-    add("--dataset", help="mnist, fashion_mnist, cifar10, digits or a folder; None: mnist, or else digits")
-    add("--data_dir", default="data", help="where data sets are or come to")
-    add("--out_dir", default=f"runs/{SCRIPT}", help="the run's folder; in use: a number is added")
-    add("--seed", type=number(int), default=0, help="same seed: same images, on a CPU with as many threads")
-    add("--device", default="auto", help="cpu, cuda:1, mps ...; auto: the accelerator or cpu")
-    add("--amp", **flag, help="forward passes in bfloat16")
-    add("--compile", **flag, help="torch.compile")
-    add("--resume", metavar="RUN", help="go on with the run in this folder")
-    add("--generate", type=number(int, 1), metavar="N", help="with --resume: write N images")
-    add("--labels", type=number(int), nargs="+", metavar="Y", help="with --generate: the classes; None: all")
-    opt = finish_options(p, argv, acts=["generate"], free=["labels"])
-    conv = opt.arch == "conv"
-    opt.noise = (0.3 if conv else 0.1) if opt.noise is None else opt.noise
-    opt.mislabel = 0.05 * conv if opt.mislabel is None else opt.mislabel
-    if conv and opt.img_size % 8:
+    add("--conditioning", choices=["projection", "concat"], default="projection",
+        help="how D sees the label: in its score, or as a channel of the image")  # fmt: skip
+    add("--latent_dim", type=count, default=100, help="size of z")
+    add("--noise", type=number(float, 0),
+        help="standard deviation of the noise on D's input; if not given: 0.1, conv: 0.2")  # fmt: skip
+    add("--ema", type=fraction, default=0.999, help="decay rate of G's averaged weights; 0: off")
+    add = p.add_argument_group("training").add_argument
+    add("--n_epochs", type=count, default=200, help="epochs in total, those before a resume included")
+    add("--batch_size", type=number(int, 2), default=64, help="images per step")
+    add("--lr", type=positive, default=4e-4, help="Adam: learning rate")
+    add("--lr_hold", type=count, default=2000, help="steps at this rate; then it falls as 1/sqrt(step)")
+    add("--b1", type=fraction, default=0.5, help="Adam: decay rate of the first moment")
+    add("--b2", type=fraction, default=0.999, help="Adam: decay rate of the second moment")
+    add("--seed", type=natural, default=0, help="random seed; with --generate, another one draws others")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
+    add("--amp", action=ON_OFF, default=False, help="forward passes in bfloat16; slower on some CPUs")
+    add = p.add_argument_group("data").add_argument
+    add("--dataset", help="mnist (if not given), fashion_mnist, cifar10, digits or a folder of images")
+    add("--data_dir", default="data", help="folder for downloaded data sets")
+    add("--img_size", type=count, default=32, help="side of the images in pixels; conv: a multiple of 8")
+    add("--channels", type=int, choices=[1, 3], help="1: grey, 3: colour (default: the data's; a folder: 3)")
+    add("--n_classes", type=count, help="stop if the data does not have this many classes")
+    add("--n_cpu", type=count, default=8, help="threads that read the images of a folder")
+    add = p.add_argument_group("run").add_argument
+    add("--out_dir", default=f"runs/{SCRIPT}", help="folder of a new run; if it exists, a number is added")
+    add("--sample_interval", type=count, default=400, help="steps between sample grids and log rows")
+    add("--resume", metavar="RUN", help="continue the run in this folder, with its options")
+    add("--generate", type=count, metavar="N", help="with --resume: write N images instead of training")
+    add("--labels", nargs="+", metavar="CLASS", help="with --generate: only of these classes")
+    opt = parse_and_check(p, argv)
+    if opt.noise is None:
+        opt.noise = {"mlp": 0.1, "conv": 0.2}[opt.arch]
+    if opt.arch == "conv" and opt.img_size % 8:
         p.error(f"--img_size {opt.img_size}: --arch conv needs a multiple of 8")
     if opt.labels and not opt.generate:
-        p.error("--labels goes with --generate")
-    if opt.labels and max(opt.labels) >= opt.n_classes:
-        p.error(f"--labels {max(opt.labels)}: the classes are 0 to {opt.n_classes - 1}")
+        p.error("--labels needs --generate N")
+    for name in opt.labels or []:
+        if name not in opt.classes:
+            p.error(f"--labels {name}: the classes are {shorten(', '.join(opt.classes), 400)}")
     return opt
 
 
-# ---------------- networks
+# ---------------------------------------------------------------- networks
 
 
 class Generator(nn.Module):
-    """z (N, latent_dim), standard normal, and labels (N,) -> images (N, channels, img_size, img_size) in [-1, 1]."""
+    """Noise z (N, latent_dim) and labels (N,) -> images (N, channels, img_size, img_size) in [-1, 1]."""
 
-    def __init__(self, latent_dim: int, n_classes: int, img_size: int, channels: int, arch: str = "mlp"):
+    def __init__(self, arch: str, img_size: int, channels: int, latent_dim: int, n_classes: int):
         super().__init__()
         self.embed = nn.Embedding(n_classes, n_classes)
+        n_in = latent_dim + n_classes
         if arch == "mlp":
-            layers = [nn.Linear(latent_dim + n_classes, 128), nn.LeakyReLU(0.2)]
-            for n_in, n_out in [(128, 256), (256, 512), (512, 1024)]:
-                layers += [nn.Linear(n_in, n_out), nn.BatchNorm1d(n_out), nn.LeakyReLU(0.2)]
-            layers += [nn.Linear(1024, channels * img_size**2), nn.Unflatten(1, (channels, img_size, img_size))]
+            self.net = nn.Sequential(
+                nn.Linear(n_in, 128), nn.LeakyReLU(0.2),
+                nn.Linear(128, 256), nn.BatchNorm1d(256), nn.LeakyReLU(0.2),
+                nn.Linear(256, 512), nn.BatchNorm1d(512), nn.LeakyReLU(0.2),
+                nn.Linear(512, 1024), nn.BatchNorm1d(1024), nn.LeakyReLU(0.2),
+                nn.Linear(1024, channels * img_size**2), nn.Tanh(),
+                nn.Unflatten(1, (channels, img_size, img_size)),
+            )  # fmt: skip
         else:
             side = img_size // 8
-            layers = [nn.Linear(latent_dim + n_classes, 128 * side**2), nn.Unflatten(1, (128, side, side))]
-            for n_in, n_out in [(128, 64), (64, 32), (32, channels)]:
-                layers += [nn.BatchNorm2d(n_in), nn.ReLU(), nn.ConvTranspose2d(n_in, n_out, 4, 2, 1)]
-        self.net = nn.Sequential(*layers, nn.Tanh())
+            self.net = nn.Sequential(
+                nn.Linear(n_in, 128 * side**2), nn.Unflatten(1, (128, side, side)),
+                nn.BatchNorm2d(128), nn.ReLU(), nn.ConvTranspose2d(128, 64, 4, 2, 1),
+                nn.BatchNorm2d(64), nn.ReLU(), nn.ConvTranspose2d(64, 32, 4, 2, 1),
+                nn.BatchNorm2d(32), nn.ReLU(), nn.ConvTranspose2d(32, channels, 4, 2, 1), nn.Tanh(),
+            )  # fmt: skip
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
-        return self.net(torch.cat([z, self.embed(labels)], 1))
+        return self.net(torch.cat([z, self.embed(labels)], dim=1))
 
 
 class Discriminator(nn.Module):
-    """Images (N, channels, img_size, img_size) in [-1, 1], labels (N,) -> scores (N, 1): 1 for real, 0 for fake.
+    """Images (N, channels, img_size, img_size) in [-1, 1] and labels (N,) -> scores (N, 1).
 
-    conditioning: projection scores w.h(x) + e(y).h(x) with features h and an embedding e; concat makes e(y) one more
-    input. noise: deviation of what is added to all images in training, or D would know fakes by a background not
-    quite black.
+    With conditioning "projection" the score is w.h(x) + e(y).h(x), for the features h of the image and
+    an embedding e of the label; with "concat" the label is embedded as one more channel of the image.
     """
 
-    def __init__(self, n_classes: int, img_size: int, channels: int, arch: str, conditioning: str, noise: float = 0.0):
+    def __init__(
+        self, arch: str, conditioning: str, img_size: int, channels: int, n_classes: int, noise: float = 0.0
+    ):
         super().__init__()
-        self.arch, self.concat, self.noise = arch, conditioning == "concat", noise
+        self.conditioning = conditioning
+        self.noise = noise
+        if conditioning == "concat":
+            channels = channels + 1
         if arch == "mlp":
-            n_features, n_embed, layers = 512, n_classes, []
-            for n_in in [channels * img_size**2 + n_embed * self.concat, 512, 512]:
-                layers += [nn.Linear(n_in, 512), nn.LeakyReLU(0.2)]
-        else:  # concat: the label is one more channel
-            n_features, n_embed, layers = 128 * (img_size // 8) ** 2, img_size**2, []
-            for n_in, n_out in [(channels + self.concat, 32), (32, 64), (64, 128)]:
-                layers += [nn.Conv2d(n_in, n_out, 4, 2, 1), nn.LeakyReLU(0.2)]
-            layers += [nn.Flatten()]
-        self.features, self.score = nn.Sequential(*layers), nn.Linear(n_features, 1)
-        self.embed = nn.Embedding(n_classes, n_embed if self.concat else n_features)
-        if not self.concat:  # so that e(y).h(x) does not drown w.h(x) at first
+            n_features = 512
+            self.features = nn.Sequential(
+                nn.Flatten(),
+                nn.Linear(channels * img_size**2, 512), nn.LeakyReLU(0.2),
+                nn.Linear(512, 512), nn.LeakyReLU(0.2),
+                nn.Linear(512, 512), nn.LeakyReLU(0.2),
+            )  # fmt: skip
+        else:
+            n_features = 128 * (img_size // 8) ** 2
+            self.features = nn.Sequential(
+                nn.Conv2d(channels, 32, 4, 2, 1), nn.LeakyReLU(0.2),
+                nn.Conv2d(32, 64, 4, 2, 1), nn.LeakyReLU(0.2),
+                nn.Conv2d(64, 128, 4, 2, 1), nn.LeakyReLU(0.2),
+                nn.Flatten(),
+            )  # fmt: skip
+        self.score = nn.Linear(n_features, 1)
+        if conditioning == "concat":
+            self.embed = nn.Embedding(n_classes, img_size**2)
+        else:
+            self.embed = nn.Embedding(n_classes, n_features)
+            # Small at first, so that the label's part does not dominate the score.
             nn.init.normal_(self.embed.weight, std=n_features**-0.5)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         if self.training and self.noise:
+            # Without noise, D would recognise fake digits by their background, which is never quite black.
             images = images + self.noise * torch.randn_like(images)
-        x, e = images.flatten(1) if self.arch == "mlp" else images, self.embed(labels)
-        if self.concat:
-            return self.score(self.features(torch.cat([x, e.view(len(x), -1, *x.shape[2:])], 1)))
-        h = self.features(x)
-        return self.score(h) + (e * h).sum(1, keepdim=True)
+        embedding = self.embed(labels)
+        if self.conditioning == "concat":
+            label_channel = embedding.view(-1, 1, *images.shape[2:])
+            return self.score(self.features(torch.cat([images, label_channel], dim=1)))
+        h = self.features(images)
+        return self.score(h) + (embedding * h).sum(dim=1, keepdim=True)
 
 
-# ---------------- training
-
-
-def generator_step(G: nn.Module, D: nn.Module, opt_G: Optimizer, z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Pull D's scores of fakes to 1; D stays. Returns loss and scores (N, 1), with their graph, for D's step."""
-    fake_scores = D(G(z, labels), labels).float()
-    loss = (fake_scores - 1).square().mean()
-    opt_G.zero_grad()
-    loss.backward(inputs=list(G.parameters()), retain_graph=True)
-    mean_gradients(G)
-    opt_G.step()
-    return loss.detach(), fake_scores
-
-
-def discriminator_step(
-    D: nn.Module, opt_D: Optimizer, real: Tensor, labels: Tensor, shown: Tensor, fake_scores: Tensor
-) -> Tensor:
-    """Pull D's scores of real images, in [-1, 1], to 1 (`shown` a wrong label: 0), of fakes to 0. Returns the loss."""
-    target = (shown == labels).float()[:, None]
-    loss = ((D(real, shown).float() - target).square().mean() + fake_scores.square().mean()) / 2
-    opt_D.zero_grad()
-    loss.backward(inputs=list(D.parameters()))
-    mean_gradients(D)
-    opt_D.step()
-    return loss.detach()
-
-
-def average(G_avg: nn.Module, G: nn.Module, decay: float, step: int) -> None:
-    """Move G_avg towards G. Its memory is short at first, so that it forgets how G started."""
-    decay = min(decay, (1 + step) / (10 + step)) if decay else 0.0
-    pairs = zip(G_avg.state_dict().values(), G.state_dict().values())  # batch norm's statistics, too
-    averages, values = zip(*((a, v) for a, v in pairs if a.is_floating_point()))  # not counters
-    torch.optim.swa_utils.get_ema_multi_avg_fn(decay)(averages, values, None)
+# ---------------------------------------------------------------- training
 
 
 def train(opt: Namespace) -> Path:
-    """Train and return the run's folder. Raises OSError for bad data or files, FloatingPointError for a bad loss."""
-    device = find_device(opt)
-    data = TensorDataset(*(part.to(device) for part in load_data(opt)))
-    sampler = BatchSampler(RandomSampler(data), opt.batch_size, drop_last=True)
-    loader = DataLoader(data, sampler=sampler, batch_size=None)  # a batch is data[[3, 1, ...]]: one look-up, not 64
+    """Train, and return the run's folder. Raises InputError, an OSError, for bad data or options."""
+    opt = copy.copy(opt)
+    if WORLD > 1 and not dist.is_initialized():
+        dist.init_process_group()
+    device = find_device(opt.device)
+    # For data of your own, replace this line. Images are uint8 (N, channels, img_size, img_size), labels
+    # (N,) count from 0, classes are their names.
+    images, labels, opt.classes = load_data(opt)
+    opt.channels = images.shape[1]
+    n_classes = len(opt.classes)
+    if opt.n_classes not in (None, n_classes):
+        raise InputError(f"--n_classes {opt.n_classes}: the data has {n_classes} classes")
+    opt.n_classes = n_classes
+    # All images lie on the device, as bytes.
+    loader = make_loader(images.to(device), labels.to(device), opt.batch_size)
 
     torch.manual_seed(opt.seed)
-    G = Generator(opt.latent_dim, opt.n_classes, opt.img_size, opt.channels, opt.arch)
-    D = Discriminator(opt.n_classes, opt.img_size, opt.channels, opt.arch, opt.conditioning, opt.noise)
-    G, D = (m.to(device, memory_format=torch.channels_last) for m in (G, D))  # faster
-    G_avg = copy.deepcopy(G).eval().requires_grad_(False)
-    for network in (G, D):
-        if opt.amp:
-            network.forward = torch.autocast(device.type, torch.bfloat16)(network.forward)
-        if opt.compile:
-            network.compile()
-    opt_G, opt_D = (torch.optim.Adam(m.parameters(), opt.lr, (opt.b1, opt.b2), fused=True) for m in (G, D))
-    columns = min(opt.n_classes, 10)  # column k of the sample grid is class k; a row shares its z
-    grid_z = torch.randn(10, opt.latent_dim).repeat_interleave(columns, 0).to(device)
-    grid_labels = torch.arange(columns, device=device).repeat(10)
+    G = Generator(opt.arch, opt.img_size, opt.channels, opt.latent_dim, n_classes)
+    D = Discriminator(opt.arch, opt.conditioning, opt.img_size, opt.channels, n_classes, opt.noise)
+    G.to(device, memory_format=torch.channels_last)  # faster convolutions
+    D.to(device, memory_format=torch.channels_last)
+    G_avg = copy.deepcopy(G).eval().requires_grad_(False)  # for sample grids and load()
+    optimizer_G = torch.optim.Adam(G.parameters(), opt.lr, (opt.b1, opt.b2), fused=True)
+    optimizer_D = torch.optim.Adam(D.parameters(), opt.lr, (opt.b1, opt.b2), fused=True)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=opt.amp)
 
-    run = start(opt, loader, G=G, D=D, G_avg=G_avg, opt_G=opt_G, opt_D=opt_D)
-    try:
-        for epoch in range(run.done // len(loader), opt.n_epochs):
-            seed(opt.seed, "epoch", epoch)  # of the order of the images
-            for i, (real, labels) in enumerate(loader, epoch * len(loader)):
-                if i < run.done:  # trained before the checkpoint
-                    continue
-                if i % opt.sample_interval == 0:
-                    save_grid(run, (G_avg(grid_z, grid_labels) + 1) / 2, columns)
-                for group in opt_G.param_groups + opt_D.param_groups:
-                    group["lr"] = opt.lr * min(1, (opt.lr_hold or i + 1) / (i + 1)) ** 0.5
-                seed(opt.seed, "batch", i, RANK)  # of noise, so that a resumed run has the same
-                real, labels = (part[RANK::WORLD].to(device) for part in (real, labels))
-                z = torch.randn(len(real), opt.latent_dim, device=device)
-                fake_labels = torch.randint_like(labels, opt.n_classes)
-                n = len(range(round(opt.mislabel * opt.batch_size))[RANK::WORLD])  # mislabelled here
-                shown = torch.cat([fake_labels[:n], labels[n:]])
-                g_loss, fake_scores = generator_step(G, D, opt_G, z, fake_labels)
-                d_loss = discriminator_step(D, opt_D, real / 127.5 - 1, labels, shown, fake_scores)
-                average(G_avg, G, opt.ema, i)
-                after_batch(run, opt, d_loss=d_loss, g_loss=g_loss)
-            after_epoch(run, opt)
-        save_grid(run, (G_avg(grid_z, grid_labels) + 1) / 2, columns)
-    finally:  # after Ctrl-C, too
-        finish(run, sample="training.gif")
+    # Column k of a sample grid is class k, for at most 10 classes; the images of a row share their z.
+    n_columns = min(n_classes, 10)
+    grid_z = torch.randn(10, opt.latent_dim).repeat_interleave(n_columns, dim=0).to(device)
+    grid_labels = torch.arange(n_columns).repeat(10).to(device)
+
+    run = Run(opt, loader, G=G, D=D, G_avg=G_avg, optimizer_G=optimizer_G, optimizer_D=optimizer_D)
+    first_epoch, n_done = divmod(run.step, len(loader))
+    for epoch in range(first_epoch, opt.n_epochs):
+        seed(opt.seed, "epoch", epoch)  # of the order of the images, for a resumed run as before
+        for real, y in itertools.islice(loader, n_done, None):
+            seed(opt.seed, "step", run.step, RANK)  # of the noise, for a resumed run as before
+            lr = opt.lr * min(1, opt.lr_hold / (run.step + 1)) ** 0.5
+            optimizer_G.param_groups[0]["lr"] = lr
+            optimizer_D.param_groups[0]["lr"] = lr
+            real = real[RANK::WORLD].to(device) / 127.5 - 1  # from 0..255 to [-1, 1]
+            y = y[RANK::WORLD].to(device)  # fakes get the same labels: each class is as frequent in both
+            z = torch.randn(len(real), opt.latent_dim, device=device)
+
+            # generator
+            D.requires_grad_(False)
+            with autocast:
+                fake = G(z, y)
+                fake_scores = D(fake, y)
+            g_loss = (fake_scores.float() - 1).square().mean()
+            optimizer_G.zero_grad()
+            g_loss.backward()
+            average_gradients(G)
+            optimizer_G.step()
+
+            # discriminator
+            D.requires_grad_(True)
+            with autocast:
+                real_scores = D(real, y)
+                fake_scores = D(fake.detach(), y)
+            real_loss = (real_scores.float() - 1).square().mean()
+            fake_loss = fake_scores.float().square().mean()
+            d_loss = (real_loss + fake_loss) / 2
+            optimizer_D.zero_grad()
+            d_loss.backward()
+            average_gradients(D)
+            optimizer_D.step()
+
+            update_average(G_avg, G, opt.ema, run.step)
+            run.end_step(d_loss=d_loss, g_loss=g_loss)
+            if run.step % opt.sample_interval == 0 or run.step == run.last_step:
+                run.save_grid("sample", (G_avg(grid_z, grid_labels) + 1) / 2, n_columns)
+                run.record()
+            run.save_if_due()
+        n_done = 0
+    run.finish("sample")
     return run.folder
 
 
-def load(run: str | Path, device: str | torch.device = "cpu") -> Generator:
-    """The averaged generator of a run's folder, in eval mode, with its `.options`. Raises OSError if it has none."""
-    state = read_checkpoint(run)
-    G = Generator(*(state["options"][k] for k in ("latent_dim", "n_classes", "img_size", "channels", "arch")))
+# ---------------------------------------------------------------- load and generate
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu") -> Generator:
+    """The averaged generator of a run, in eval mode, with the run's options as `G.options`.
+
+    G(z, labels) gives images in [-1, 1]; label k is the class G.options.classes[k].
+    Raises InputError if the folder is not that of a run of this script.
+    """
+    state = read_checkpoint(folder)
+    o = Namespace(**state["options"])
+    G = Generator(o.arch, o.img_size, o.channels, o.latent_dim, len(o.classes))
     G.load_state_dict(state["G_avg"])
-    G.options = state["options"]
+    G.options = o
     return G.to(device).eval().requires_grad_(False)
 
 
 def generate(opt: Namespace) -> Path:
-    """Write opt.generate images, as many of each class, in sub-folders; returns the folder."""
-    device = find_device(opt)
-    G, folder = load(opt.resume, device), new_folder(Path(opt.resume, "generated"))
-    classes = sorted(set(opt.labels or range(opt.n_classes)))
+    """Write opt.generate images, spread evenly over the classes, in one sub-folder per class."""
+    device = find_device(opt.device)
+    G = load(opt.resume, device)
+    folder = new_folder(Path(opt.resume, "generated"))
+    names = opt.labels or opt.classes
     torch.manual_seed(opt.seed)
     for i in range(opt.generate):
-        label = torch.tensor([classes[i % len(classes)]], device=device)
+        name = names[i % len(names)]
+        label = torch.tensor([opt.classes.index(name)], device=device)
         image = (G(torch.randn(1, opt.latent_dim, device=device), label) + 1) / 2
-        file = folder / opt.classes[label] / f"{i:06}.png"
-        file.parent.mkdir(exist_ok=True)
-        utils.save_image(image, file)
-    print(f"{opt.generate} images in {folder}")
+        (folder / name).mkdir(exist_ok=True)
+        with replacing(folder / name / f"{i:06}.png") as file:
+            save_image(image, file)
+    say(f'{opt.generate} images in "{folder}"')
     return folder
 
 
-# ---------------- the plumbing: the same in every script, to the letter, from "block: processes" to main
+# ================================================================ plumbing: the same in every script
+# From here to main, each script of the collection has the same text, so that each stands alone.
+# ---------------------------------------------------------------- options
 
 
-# --- block: processes
-# A process of torchrun has its rows of a batch, noise, dropout and batch norm; the first writes.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+class InputError(OSError):
+    """Something that the user can put right. As any OSError, it is told in one line, without a traceback."""
 
 
-def find_device(opt: Namespace) -> torch.device:
-    """The device of the options, tried. Raises OSError if it does not work."""
-    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    try:
-        device = torch.device(best if opt.device == "auto" else opt.device)
-        if WORLD > 1 and device.type != "cpu":
-            torch.get_device_module(device).set_device(int(os.environ["LOCAL_RANK"]))
-        torch.zeros(8_000_000, device=device)[0].item()  # 32 MB, freed: glibc then keeps 64 MB of a step
-        if opt.amp:
-            torch.autocast(device.type, torch.bfloat16)
-    except (RuntimeError, AssertionError, ImportError) as e:
-        raise OSError(f"--device {opt.device}{' --amp' * opt.amp}: not on this machine; try --device auto") from e
-    return device
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the description as it is written, and the default of each option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
-def mean_gradients(model: nn.Module) -> None:
-    """Average gradients over processes, as losses are means."""
-    for grad in [p.grad for p in model.parameters() if p.grad is not None] if WORLD > 1 else ():
-        dist.all_reduce(grad)
-        grad.div_(WORLD)
+def number(kind: type, low: float, below: float = 1e18) -> Callable[[str], float]:
+    """An argparse type: a number of that kind, at least `low` and less than `below`."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not low <= value < below:  # so nan is refused, too
+            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to below {below:g}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
+    return parse
 
 
-def seed(*position: int | str) -> None:
-    """Seed torch; random numbers of two positions have nothing in common."""
-    rng = torch if torch.accelerator.is_available() else torch.default_generator  # torch.manual_seed: 0.3 ms
-    rng.manual_seed(random.Random(repr(position)).getrandbits(64))
+natural = number(int, 0)
+count = number(int, 1)
+positive = number(float, 1e-9)
+fraction = number(float, 0, 1)
+ON_OFF = argparse.BooleanOptionalAction
+
+# What may change when a run is resumed, in addition to USES. A data set may have moved: Run.restore
+# compares the number of its images and its classes.
+MAY_CHANGE = {"n_epochs", "sample_interval", "dataset", "data_dir", "n_cpu", "device", "amp", "resume"}
 
 
-# --- block: options
-def number(kind: type, low: float = 0, below: float = 2**31) -> Callable:
-    """An argparse type: an int or float that is at least `low` and less than `below`."""
-
-    def number(text: str) -> float:
-        if low <= kind(text) < below:  # nan is not
-            return kind(text)
-        raise argparse.ArgumentTypeError(f"{text} is not from {low} to below {below}")
-
-    return number
-
-
-def finish_options(p: ArgumentParser, argv: list[str] | None, acts: list[str], free: list[str]) -> Namespace:
-    """Parse argv; with --resume the run's options are the defaults, and only `free` and `acts` on it may change."""
+def parse_and_check(p: ArgumentParser, argv: list[str] | None) -> Namespace:
+    """Parse argv. With --resume, the run's options are the defaults, and few of them may change."""
     opt = p.parse_args(argv)
-    acting = any(getattr(opt, name) is not None for name in acts)
-    if acting and (opt.resume is None or WORLD > 1):
-        p.error(f"--{', --'.join(acts)}: only with --resume RUN, without torchrun")
-    saved = read_checkpoint(opt.resume)["options"] if opt.resume is not None else {}
-    p.set_defaults(**saved)  # for what argv leaves out
-    opt = p.parse_args(argv)
-    free = {"resume", "n_epochs", "sample_interval", "n_cpu", "data_dir", "device", "amp", "compile", *acts, *free}
-    for name in saved.keys() - free - {"seed" if acting else ""}:
-        if getattr(opt, name) != saved[name]:
-            p.error(f"--{name} {getattr(opt, name)}: the run has {saved[name]}; start a new one")
+    uses = sorted(name for name in USES if getattr(opt, name) is not None)
+    if uses and opt.resume is None:
+        p.error(f"--{uses[0]} needs --resume RUN, the run to use")
+    if uses and WORLD > 1:
+        p.error(f"--{uses[0]} runs in one process, without torchrun")
+    if opt.resume is not None:
+        saved = read_checkpoint(opt.resume)["options"]
+        p.set_defaults(**saved)  # for what argv leaves out; and the classes
+        opt = p.parse_args(argv)
+        for name, value in vars(opt).items():
+            may_change = name in MAY_CHANGE | USES or (uses and name == "seed")
+            if value != saved.get(name, value) and not may_change:
+                p.error(f"--{name} {value}: this run has {saved[name]}; start a new one")
     return opt
 
 
-# --- block: data
-def draw_digits(root: str = "", train: bool = True, download: bool = False) -> Namespace:
-    """Digits turned, shifted, scaled and sheared at random: .data (n, 28, 28), uint8, and .targets (n,)."""
-    n, font = 10_000 if train else 2_000, ImageFont.load_default(26)
-    affine = v2.RandomAffine(15, (0.05, 0.05), (0.85, 1.15), 10, v2.InterpolationMode.BILINEAR)
-    images = torch.empty(n, 28, 28, dtype=torch.uint8)
+# ---------------------------------------------------------------- devices and processes
+
+# Under torchrun each process trains on its share of every batch, with its own noise and batch-norm
+# statistics; gradients are averaged. Only the first process writes files and reports.
+WORLD = int(os.environ.get("WORLD_SIZE") or 1)  # the number of processes
+RANK = int(os.environ.get("RANK") or 0) if WORLD > 1 else 0  # this one's number
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name, tried, or the best one if it is "auto". Raises InputError."""
+    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    try:
+        device = torch.device(best if name == "auto" else name)
+        if WORLD > 1 and device.type != "cpu":
+            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+            device = torch.device(device.type)  # the one of that index
+        # 32 MB: once freed, glibc keeps as much memory from step to step, which makes steps faster.
+        torch.zeros(8_000_000, device=device)[0].item()
+    except (RuntimeError, AssertionError, ImportError) as e:
+        raise InputError(f"--device {name} does not work here ({e}); --device cpu does") from e
+    return device
+
+
+def average_gradients(model: nn.Module) -> None:
+    """Average the gradients over the processes of torchrun."""
+    if WORLD > 1:
+        for p in model.parameters():
+            if p.grad is not None:
+                dist.all_reduce(p.grad)
+                p.grad /= WORLD
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Move the averaged weights towards the model's.
+
+    At the first steps they move faster, so that the untrained weights do not stay in the average.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    for a, b in zip(average.state_dict().values(), model.state_dict().values()):
+        if a.is_floating_point():  # not batch norm's counter
+            a.lerp_(b, 1 - decay)
+
+
+def seed(*key: int | str) -> None:
+    """Seed torch from a key such as (seed, "step", 17), so that any step can be repeated by itself.
+
+    A resumed run therefore needs no saved random state.
+    """
+    torch.manual_seed(random.Random(repr(key)).getrandbits(64))
+
+
+def say(text: str) -> None:
+    """Print, in the first process. A print that fails does not stop the training."""
+    if RANK == 0:
+        with suppress(OSError, ValueError):  # a closed pipe; a terminal that cannot encode the text
+            print(text, flush=True)
+
+
+# ---------------------------------------------------------------- data
+
+TORCHVISION = {  # its class for each data set, and the folder that it creates
+    "mnist": (datasets.MNIST, "MNIST"),
+    "fashion_mnist": (datasets.FashionMNIST, "FashionMNIST"),
+    "cifar10": (datasets.CIFAR10, "cifar-10-batches-py"),
+}
+NAMED = ["digits", *TORCHVISION]
+
+
+def load_data(opt: Namespace, train: bool = True) -> tuple[Tensor, Tensor, list[str]]:
+    """Images, uint8 (N, channels, img_size, img_size), labels (N,) and the names of the classes.
+
+    A named data set has training and test images; of a folder, these are all images. Sets opt.dataset if
+    it is None. Raises InputError if there is no such data, or if it is damaged.
+    """
+    if opt.dataset is None:
+        opt.dataset = "mnist"
+        try:
+            download("mnist", opt.data_dir)
+        except InputError as e:
+            say(f"warning: {e}; using --dataset digits, which is built in")
+            opt.dataset = "digits"
+    if opt.dataset == "digits":
+        images, labels, classes = draw_digits(10_000 if train else 2000)
+    elif opt.dataset in TORCHVISION:
+        images, labels, classes = load_torchvision(opt.dataset, opt.data_dir, train)
+    else:
+        images, labels, classes = load_folder(opt)
+    if opt.channels not in (None, images.shape[1]):
+        images = v2.functional.rgb_to_grayscale(images, opt.channels)  # or grey in three channels
+    counts = Counter(labels.tolist())
+    per_class = ", ".join(f"{name}: {counts[k]}" for k, name in enumerate(classes))
+    say(f"{opt.dataset}: {len(images)} images ({shorten(per_class, 200)})")
+    return v2.functional.resize(images, [opt.img_size, opt.img_size]), labels, classes
+
+
+def load_torchvision(name: str, data_dir: str, train: bool) -> tuple[Tensor, Tensor, list[str]]:
+    download(name, data_dir)
+    dataset, folder = TORCHVISION[name]
+    try:
+        data = dataset(data_dir, train)
+    except Exception as e:  # torchvision raises many kinds
+        place = Path(data_dir, folder)
+        raise InputError(f'"{place}" is damaged or incomplete ({e}): remove it and start again') from e
+    images = torch.as_tensor(data.data)
+    images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    # MNIST's are called "0 - zero"; and they become names of folders.
+    classes = [name.split(" - ")[0].replace("/", " or ") for name in data.classes]
+    return images, torch.as_tensor(data.targets), classes
+
+
+def download(name: str, data_dir: str) -> None:
+    """Download a data set unless it is there. Raises InputError if that fails.
+
+    It is put in place in one go, so that no other process ever finds half of it.
+    """
+    dataset, folder = TORCHVISION[name]
+    place = Path(data_dir, folder)
+    reason = ""
+    if RANK == 0 and not place.exists():
+        timeout = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(20)  # seconds; a dead network should not block for ever
+        try:
+            Path(data_dir).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix="download-", dir=data_dir) as new:
+                dataset(new, download=True)
+                Path(new, folder).rename(place)
+        except Exception as e:  # torchvision raises many kinds
+            reason = shorten(str(e), 300)
+        finally:
+            socket.setdefaulttimeout(timeout)
+    if WORLD > 1:
+        dist.barrier()
+    if not place.exists():
+        raise InputError(f'{name} is not in "{data_dir}" and cannot be downloaded ({reason})')
+
+
+SPLITS = {"train", "test", "val", "valid", "validation"}
+
+
+def load_folder(opt: Namespace) -> tuple[Tensor, Tensor, list[str]]:
+    """The images of a folder, decoded once. A sub-folder is a class; without any, there is one class."""
+    root = Path(opt.dataset)
+    if not opt.dataset or not root.is_dir():
+        raise InputError(f"--dataset {opt.dataset}: neither a folder nor one of {', '.join(NAMED)}")
+    files, others = [], Counter()
+    for file in find_files(root):
+        if file.suffix.lower() in datasets.folder.IMG_EXTENSIONS:
+            files.append(file)
+        else:
+            others[file.suffix or file.name] += 1
+    if others:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in others.items())
+        say(f"warning: {root}: not read as images: {shorten(kinds, 200)}")
+    if not files:
+        raise InputError(f"--dataset {root}: no images there")
+    n_loose = sum(file.parent == root for file in files)
+    if 0 < n_loose < len(files):
+        raise InputError(f"--dataset {root}: {n_loose} images beside its sub-folders, which are the classes")
+    names = ["all" if n_loose else file.relative_to(root).parts[0] for file in files]
+    classes = sorted(set(names))
+    if not n_loose and SPLITS.issuperset(name.lower() for name in classes):
+        raise InputError(f"--dataset {root} holds {', '.join(classes)}, not classes: give one of them")
+
+    channels = opt.channels or 3
+    images = torch.empty(len(files), channels, opt.img_size, opt.img_size, dtype=torch.uint8)
+    damaged = []
+
+    def read(i: int) -> None:
+        try:
+            images[i] = read_image(files[i], opt.img_size, channels)
+        except Exception as e:  # Pillow raises many kinds
+            damaged.append(f"{files[i]} ({e})")
+
+    with ThreadPoolExecutor(opt.n_cpu) as pool:  # Pillow decodes in parallel
+        list(pool.map(read, range(len(files))))
+    if damaged:
+        text = shorten(", ".join(sorted(damaged)), 2000)
+        raise InputError(f"repair or remove what cannot be read: {text}")
+    return images, torch.tensor([classes.index(name) for name in names]), classes
+
+
+def find_files(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """The files in a folder and below, sorted. Skips hidden ones, and links back to a folder above."""
+    above |= {folder.resolve()}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if not path.is_dir():
+            yield path
+        elif path.resolve() not in above:
+            yield from find_files(path, above)
+
+
+def read_image(file: Path, img_size: int, channels: int) -> Tensor:
+    """An image, upright and cut to a square about its centre: uint8 (channels, img_size, img_size)."""
+    with Image.open(file) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith(("I", "F")):
+            raise ValueError("more than 8 bits per channel: convert it")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = ImageOps.fit(image.convert("RGB"), (img_size, img_size))
+        return v2.functional.pil_to_tensor(image.convert("L") if channels == 1 else image)
+
+
+def draw_digits(n: int) -> tuple[Tensor, Tensor, list[str]]:
+    """n digits of Pillow's font, rotated, shifted, scaled and sheared at random. n is the seed, too."""
+    font = ImageFont.load_default(26)
+    distort = v2.RandomAffine(15, (0.05, 0.05), (0.85, 1.15), 10, v2.InterpolationMode.BILINEAR)
+    images = []
     torch.manual_seed(n)
     for i in range(n):
         glyph = Image.new("L", (28, 28))
         ImageDraw.Draw(glyph).text((14, 14), str(i % 10), 255, font, anchor="mm")
-        images[i] = v2.functional.pil_to_tensor(affine(glyph))
-    return Namespace(data=images, targets=torch.arange(n) % 10)
+        images.append(v2.functional.pil_to_tensor(distort(glyph)))
+    return torch.stack(images), torch.arange(n) % 10, list("0123456789")
 
 
-DATASETS = dict(mnist=datasets.MNIST, fashion_mnist=datasets.FashionMNIST, cifar10=datasets.CIFAR10, digits=draw_digits)
+def make_loader(images: Tensor, labels: Tensor, batch_size: int) -> DataLoader:
+    """Shuffled batches of images in memory, without what is left over at the end of an epoch."""
+    if batch_size > len(images):
+        raise InputError(f"--batch_size {batch_size} is more than the {len(images)} training images")
+    if batch_size % WORLD or batch_size < 2 * WORLD:
+        raise InputError(f"--batch_size {batch_size}: {WORLD} processes need equal shares, 2 images or more")
+    data = TensorDataset(images, labels)
+    # The sampler yields lists of indices, so that a whole batch is looked up at once.
+    sampler = BatchSampler(RandomSampler(data), batch_size, drop_last=True)
+    return DataLoader(data, sampler=sampler, batch_size=None)
 
 
-def load_data(opt: Namespace, train: bool = True) -> tuple[Tensor, Tensor]:
-    """Images, uint8 (N, channels, img_size, img_size), and labels (N,). Adds to opt what the data decides."""
-    if RANK and not dist.is_initialized():
-        dist.init_process_group()  # waits for the first process, which joins in start() when it has the data
-    if opt.dataset in (None, *DATASETS):
-        name, classes = opt.dataset or "mnist", [str(k) for k in range(10)]
-        socket.setdefaulttimeout(20)  # seconds: a network that swallows packets ends, too
-        try:
-            data = DATASETS[name](opt.data_dir, train=train, download=True)
-        except Exception as e:  # of many kinds
-            text = f"{name} is not in {opt.data_dir}, nor to be downloaded ({' '.join(str(e).split())})"
-            if opt.dataset:
-                raise OSError(f"{text}; --dataset digits is built in") from e
-            print(f"warning: {text}; using --dataset digits", file=sys.stderr)
-            name, data = "digits", draw_digits(train=train)
-        images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
-        images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
-        opt.dataset, opt.channels = name, opt.channels or images.shape[1]
-        if images.shape[1] != opt.channels:
-            images = v2.functional.rgb_to_grayscale(images, opt.channels)  # or grey in three channels
-        images = v2.functional.resize(images, [opt.img_size, opt.img_size])
-    else:
-        if not Path(opt.dataset).is_dir() or Path(opt.dataset, "checkpoint.pt").exists():
-            raise OSError(f"--dataset {opt.dataset}: neither one of {', '.join(DATASETS)} nor a folder of images")
-        data = datasets.ImageFolder(opt.dataset, loader=functools.partial(read_image, opt=opt))
-        opt.channels, classes, labels = opt.channels or 3, data.classes, torch.tensor(data.targets)
-        images = torch.empty(len(data), opt.channels, opt.img_size, opt.img_size, dtype=torch.uint8)
-        workers = min(opt.n_cpu, os.cpu_count(), len(data) // 1000)  # fewer are not worth a process
-        for i, (part, _) in enumerate(DataLoader(data, 64, num_workers=workers)):
-            images[i * 64 : i * 64 + 64] = part
-    if opt.n_classes not in (None, len(classes)) or getattr(opt, "classes", classes) != classes:
-        raise OSError(f"--n_classes {opt.n_classes} {vars(opt).get('classes')}: the data has {len(classes)}, {classes}")
-    opt.n_classes, opt.classes = len(classes), classes
-    return images, labels
+# ---------------------------------------------------------------- runs
+
+CHECKPOINT_SECONDS = 30  # between checkpoints: a stop loses at most so much work
 
 
-def read_image(file: str, opt: Namespace) -> Tensor:
-    """An image, cut to a square about its centre: uint8 (channels, img_size, img_size)."""
+class Run:
+    """A run: its folder, its step and its log. A checkpoint holds step, log and the state of `parts`."""
+
+    def __init__(self, opt: Namespace, loader: DataLoader, **parts):
+        self.opt = opt
+        self.loader = loader
+        self.parts = parts
+        self.last_step = opt.n_epochs * len(loader)
+        self.step = 0
+        self.log = []
+        self.sums = {}  # of the metrics since the last record
+        self.n_steps = 0  # in the sums
+        self.start = time.perf_counter()  # minus the seconds trained before a stop
+        if opt.resume is not None:
+            self.folder = Path(opt.resume)
+            self.restore(read_checkpoint(self.folder))
+        else:
+            self.folder = new_folder(Path(opt.out_dir))
+        self.save()
+        say(
+            f"{opt.n_epochs} epochs of {len(loader)} steps, {self.step} steps done\n"
+            f'to continue after a stop: --resume "{self.folder}"'
+        )
+
+    def restore(self, state: dict) -> None:
+        """Go back to where a checkpoint was written. Raises InputError if the data is not the same."""
+        before = f"{state['n_images']} images of {', '.join(state['options']['classes'])}"
+        now = f"{len(self.loader.dataset)} images of {', '.join(self.opt.classes)}"
+        if now != before:
+            texts = f"{shorten(now, 300)}; the run was started with {shorten(before, 300)}"
+            raise InputError(f"{self.opt.dataset} has {texts}")
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.step = state["step"]
+        self.log = state["log"]
+        self.sums = state["sums"]
+        self.n_steps = state["n_steps"]
+        self.start -= state["seconds"]
+
+    def end_step(self, **metrics: Tensor) -> None:
+        """Count a step, and add up its metrics."""
+        self.step += 1
+        self.n_steps += 1
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach()
+
+    def record(self, **more: float) -> None:
+        """Log and print the means of the metrics since the last record, and the values in `more`."""
+        row = {"step": self.step, "epoch": round(self.step / len(self.loader), 2)}
+        row["seconds"] = round(time.perf_counter() - self.start, 2)
+        row |= {name: float(total) / self.n_steps for name, total in self.sums.items()} | more
+        self.log.append(row)
+        self.sums = {}
+        self.n_steps = 0
+        say("  ".join(f"{name} {value:.6g}" for name, value in row.items()) + f"  {self.time_left()}")
+
+    def time_left(self) -> str:
+        minutes_per_step = (time.perf_counter() - self.start) / self.step / 60
+        return f"{(self.last_step - self.step) * minutes_per_step:.1f} minutes left"
+
+    def save_if_due(self) -> None:
+        """Save if CHECKPOINT_SECONDS have passed, and say how much time is left."""
+        if time.perf_counter() > self.saved + CHECKPOINT_SECONDS:
+            self.save()
+            say(f"step {self.step}  {self.time_left()}")
+
+    def save(self) -> None:
+        """Write checkpoint.pt and log.csv. Raises InputError if the weights are not finite."""
+        self.saved = time.perf_counter()
+        for name, part in self.parts.items():
+            if isinstance(part, nn.Module) and not all(p.isfinite().all() for p in part.parameters()):
+                raise InputError(f"step {self.step}: {name} is not finite; start again with a lower --lr")
+        if RANK > 0:
+            return
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"script": SCRIPT, "n_images": len(self.loader.dataset), "step": self.step, "log": self.log}
+        state |= {"sums": self.sums, "n_steps": self.n_steps, "seconds": self.saved - self.start}
+        state["options"] = json.loads(json.dumps(vars(self.opt), default=str))  # a Path becomes a str
+        buffer = io.BytesIO()  # torch.save would hide that the disk is full
+        torch.save(state, buffer)
+        with replacing(self.folder / "checkpoint.pt") as file:
+            file.write_bytes(buffer.getbuffer())
+        if self.log:
+            with replacing(self.folder / "log.csv") as file, open(file, "w", newline="") as table:
+                writer = csv.DictWriter(table, self.log[-1], extrasaction="ignore")
+                writer.writeheader()
+                writer.writerows(self.log)
+
+    def save_grid(self, name: str, images: Tensor, n_columns: int) -> None:
+        """Save images (N, C, H, W) in [0, 1] as a grid, images/name_step.png."""
+        if RANK == 0:
+            (self.folder / "images").mkdir(exist_ok=True)
+            with replacing(self.folder / "images" / f"{name}_{self.step:08}.png") as file:
+                save_image(images, file, nrow=n_columns)
+
+    def finish(self, *names: str) -> None:
+        """Write the last checkpoint, and animate the grids of each name: at most 100, evenly spread."""
+        self.save()
+        for name in names:
+            paths = sorted(self.folder.glob(f"images/{name}_*.png"))
+            if RANK == 0 and paths:
+                chosen = torch.linspace(0, len(paths) - 1, min(len(paths), 100)).long()
+                first, *rest = [Image.open(paths[i]) for i in chosen]
+                with replacing(self.folder / f"{name}.gif") as file:
+                    first.save(file, save_all=True, append_images=rest, duration=100, loop=0)
+        say(f'done; to train longer: --resume "{self.folder}" --n_epochs N')
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Yields a temporary path, which replaces `file` at the end; if writing fails, `file` stays as it was."""
+    temporary = file.with_name(f".{os.getpid()}-{file.name}")
     try:
-        with Image.open(file) as image:
-            if image.mode[0] in "IF":  # Pillow would make them white
-                raise ValueError("more than 8 bits a channel")
-            image = ImageOps.fit(image.convert("L" if opt.channels == 1 else "RGB"), (opt.img_size, opt.img_size))
-            return v2.functional.pil_to_tensor(image)
-    except Exception as e:  # of many kinds
-        raise OSError(f"{file}: not a good image ({e}); repair or remove it") from e
+        yield temporary
+        temporary.replace(file)
+    except OSError as e:
+        raise OSError(f'"{file}" cannot be written ({e})') from e
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
 
 
-# --- block: run
-CHECKPOINT_SECONDS = 30  # at most so much is trained again after a stop
-
-
-def start(opt: Namespace, loader: DataLoader, **parts) -> Namespace:
-    """A new run, or the one to resume at its checkpoint, which holds `parts`; `done` counts batches."""
-    if len(loader) == 0 or opt.batch_size % WORLD or opt.batch_size < 2 * WORLD:
-        raise OSError(f"--batch_size {opt.batch_size}: above {len(loader.dataset)} images or not for {WORLD} processes")
-    if loader.dataset[0][0].is_floating_point():
-        raise TypeError("images must be uint8, from 0 to 255")
-    if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group()
-    run = Namespace(folder=Path(opt.resume or opt.out_dir), parts=parts, per_epoch=len(loader))
-    state = read_checkpoint(opt.resume) if opt.resume else dict(position=[0, len(loader), {}, [], 0.0])
-    run.done, per_epoch, run.totals, run.rows, seconds = state["position"]
-    if per_epoch != len(loader):
-        raise OSError(f"{opt.dataset} has {len(loader)} batches an epoch now, and had {per_epoch}: start a new run")
-    for name, part in parts.items() if opt.resume else ():
-        part.load_state_dict(state[name])
-    run.folder = run.folder if RANK or opt.resume else new_folder(run.folder, "images")
-    run.began = time.monotonic() - seconds
-    save(run, opt)
-    if RANK == 0:
-        print(f"{opt.dataset}: {len(loader)} batches an epoch, {run.done} done; writing to {run.folder}", flush=True)
-    return run
-
-
-def after_batch(run: Namespace, opt: Namespace, **losses: Tensor) -> None:
-    """Count a batch and add up its losses; now and then report, and write a checkpoint."""
-    before = run.totals if run.done % run.per_epoch else {}  # sums start anew with an epoch
-    run.done, run.totals = run.done + 1, {name: before.get(name, 0) + loss for name, loss in losses.items()}
-    if run.done % run.per_epoch:
-        if run.done % (50 if sys.stdout.isatty() else opt.sample_interval) == 0:
-            report(run, opt)
-        if time.monotonic() > run.saved + CHECKPOINT_SECONDS:
-            save(run, opt)
-
-
-def after_epoch(run: Namespace, opt: Namespace, **more: float) -> None:
-    """Add the epoch's row to log.csv, `more` in it, and write a checkpoint."""
-    run.rows, run.began = [*run.rows, report(run, opt, **more)], time.monotonic()
-    save(run, opt)
-
-
-def report(run: Namespace, opt: Namespace, **more: float) -> dict[str, float]:
-    """Print and return a row of log.csv: the epoch's mean losses so far, and `more`."""
-    n, seconds = (run.done - 1) % run.per_epoch + 1, time.monotonic() - run.began
-    row = dict(epoch=(run.done - n) // run.per_epoch + 1, batches_done=run.done)
-    row |= {name: float(total) / n for name, total in run.totals.items()} | more
-    row |= dict(seconds=round(seconds, 2), images_per_second=round(n * opt.batch_size / seconds))
-    if RANK == 0:
-        text = " ".join(f"{name} {round(value, 4)}" for name, value in row.items())
-        width = max(os.get_terminal_size().columns, 1) - 1 if sys.stdout.isatty() else 0  # over the last report
-        print(f"{text:{width}.{width}}" if width else text, end="\r" if width else "\n", flush=True)
-    return row
-
-
-def save(run: Namespace, opt: Namespace) -> None:
-    """Write checkpoint.pt, in one piece, and log.csv. If this fails, the old checkpoint stays."""
-    run.saved = time.monotonic()
-    if RANK:
-        return
-    weights = [p for part in run.parts.values() if isinstance(part, nn.Module) for p in part.parameters()]
-    if not all(torch.as_tensor(x).isfinite().all() for x in [*weights, *run.totals.values()]):
-        raise FloatingPointError(f"batch {run.done}: a loss or weight is not finite; start anew, with a lower --lr")
-    state = {name: part.state_dict() for name, part in run.parts.items()} | dict(script=SCRIPT, options=vars(opt))
-    state["position"] = [run.done, run.per_epoch, run.totals, run.rows, run.saved - run.began]
-    table = [*run.rows[:1], *(row.values() for row in run.rows)]  # first the keys
-    new = run.folder / "checkpoint.tmp"
+def read_checkpoint(folder: str | Path) -> dict:
+    """The checkpoint of a run. Raises InputError if it is missing, damaged or another script's."""
+    file = Path(folder, "checkpoint.pt")
+    if not file.exists():
+        raise InputError(f'"{folder}" is not the folder of a run: it has no checkpoint.pt')
     try:
-        torch.save(state, new)
-        new.replace(run.folder / "checkpoint.pt")
-        (run.folder / "log.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in table))
-    except (OSError, RuntimeError) as e:  # torch raises the latter for a full disk
-        new.unlink(missing_ok=True)
-        raise OSError(f"{run.folder}: checkpoint.pt cannot be written ({e}); the last one stays") from e
-
-
-def read_checkpoint(run: str | Path) -> dict:
-    """The checkpoint in a run's folder. Raises OSError if it is missing, damaged or another script's."""
-    try:
-        state = torch.load(Path(run, "checkpoint.pt"), map_location="cpu", weights_only=True)
-        if state["script"] != SCRIPT:
-            raise ValueError(f"made by {state['script']}.py")
-    except Exception as e:  # of many kinds
-        raise OSError(f"{run}/checkpoint.pt is not one of {SCRIPT}.py ({' '.join(repr(e).split())})") from e
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        script = state["script"]
+    except Exception as e:  # torch and pickle raise many kinds
+        raise InputError(f'"{file}" cannot be read ({shorten(repr(e), 300)})') from e
+    if script != SCRIPT:
+        raise InputError(f'"{folder}" is a run of {script}.py: use that, not {SCRIPT}.py')
     return state
 
 
-def new_folder(path: Path, inside: str = "") -> Path:
-    """Make path/inside and return path; if path is in use, path-2, path-3, ...: nothing is overwritten."""
-    folder, n = path, 1
-    while any(folder.glob("*")):
-        n += 1
-        folder = path.parent / f"{path.name or 'run'}-{n}"
-    (folder / inside).mkdir(parents=True, exist_ok=not inside)
+def new_folder(path: Path) -> Path:
+    """Make the folder path, or path-2, path-3, ... if it exists: nothing is overwritten.
+
+    Under torchrun the first process makes it, and all return its name.
+    """
+    folder = path
+    n = 1
+    while RANK == 0:
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            if not folder.is_dir():
+                raise
+            n += 1
+            folder = path.parent / f"{path.name or 'run'}-{n}"
+    if WORLD > 1:
+        names = [str(folder)]
+        dist.broadcast_object_list(names)
+        folder = Path(names[0])
     return folder
 
 
-def save_grid(run: Namespace, images: Tensor, columns: int, name: str = "sample") -> None:
-    """Save images (N, C, H, W) in [0, 1] as a grid, named after run.done."""
-    if RANK == 0:
-        new = run.folder / "grid.tmp"
-        utils.save_image(images, new, nrow=columns, format="png")
-        new.replace(run.folder / "images" / f"{name}_{run.done:06}.png")
-
-
-def finish(run: Namespace, **gifs: str) -> None:
-    """Make a GIF of the grids of each name, at most 100, evenly spread, and say how to go on."""
-    for name, file in gifs.items() if RANK == 0 else ():
-        paths = sorted(run.folder.glob(f"images/{name}_*.png"), key=lambda path: (len(path.name), path))
-        frames = [Image.open(path) for path in paths[:: -(len(paths) // 100 + 1)]][::-1]  # ends with the last
-        if frames:
-            frames[0].save(run.folder / file, save_all=True, append_images=frames[1:], duration=100, loop=0)
-            print(f"\n{run.folder / file}; to go on: python {Path(__file__).name} --resume {run.folder}")
-
-
 def main() -> None:
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without UTF-8
     try:
         opt = parse_args()
-        generate(opt) if opt.generate else train(opt)
-    except (OSError, FloatingPointError) as e:  # its last line: a worker's traceback stands before it
-        sys.exit(f"{SCRIPT}.py: error: {str(e).splitlines()[-1]}")
+        if opt.generate:
+            generate(opt)
+        else:
+            train(opt)
+    except OSError as e:
+        sys.exit(f"{SCRIPT}.py: error: {' '.join(str(e).split())}")
     except KeyboardInterrupt:
+        say("\nstopped; a run that has begun continues with --resume RUN")
         sys.exit(130)
 
 

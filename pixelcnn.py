@@ -1,21 +1,21 @@
-"""PixelCNN: images, or the codes of a vqvae.py run, drawn one position after another, in one file.
+"""PixelCNN: draws images, or the codes of a vqvae.py run, one position after the other.
 
-The probability of x is a product over its positions in raster order, each given those before it, so it is exact:
+The probability of an image x is exact: a product over its positions, row by row from the top left, of the
+probability of each value given those before it. A convolutional network whose filters see no later
+position gives all factors in one pass, and is trained to make them large. Drawing takes a pass per position.
 
-    log p(x) = sum_i log p(x_i | x_1, ..., x_{i-1})      in nats; bits per dimension: over log 2 and the values of x
+    minimised:    -log p(x) = -sum_i log p(x_i | x_1, ..., x_{i-1})    in nats per image
 
-A convolutional network that sees no later position gives all factors at once; drawing takes one pass a position.
+A value is one of 256 grey levels, of black and white (--binarize), or of the codes of a vqvae.py run. Colour
+images are read as grey ones: pixelcnnpp.py draws colours.
 
---arch pixelcnn: van den Oord et al. 2016, arXiv:1601.06759; its masked filters have a blind spot, above to the right.
---arch gated: van den Oord et al. 2016, arXiv:1606.05328; filters for the rows above and for the row itself leave none.
---arch plusplus: PixelCNN++, Salimans et al. 2017, arXiv:1701.05517; on three sizes, down and up again with short cuts.
---likelihood logistic: its mixture and last filter, for grey levels and colours, in any arch. --conditional: a bias for
-each label, as in gated. Beyond the papers, each position has one, too. Codes: van den Oord et al. 2017,
-arXiv:1711.00937. What is tested, drawn and kept is the model with averaged weights (Polyak & Juditsky 1992).
+--arch pixelcnn: van den Oord et al. 2016, arXiv:1601.06759. Never sees some of what is above to the right.
+--arch gated: van den Oord et al. 2016, arXiv:1606.05328. Sees all, with a stack of layers for the rows above
+and one for the row. Codes: van den Oord et al. 2017, arXiv:1711.00937. Averaged weights: Polyak & Juditsky
+1992. Not in the papers: a bias for each position.
 
-    python pixelcnn.py --binarize --n_epochs 5     # MNIST in black and white; without a network: built-in digits
-    python pixelcnn.py --dataset runs/vqvae        # the codes of a run of vqvae.py: its prior
-    python pixelcnn.py --arch plusplus --dataset path/to/folder --img_size 32   # colour
+    python pixelcnn.py --binarize --n_epochs 5    # MNIST in black and white; built-in digits when offline
+    python pixelcnn.py --dataset runs/vqvae       # the codes of a run of vqvae.py
     python pixelcnn.py --resume runs/pixelcnn --generate 100
 """
 
@@ -26,16 +26,25 @@ arXiv:1711.00937. What is tested, drawn and kept is the model with averaged weig
 
 import argparse
 import copy
-import functools
+import csv
+import hashlib
+import io
+import itertools
+import json
 import math
 import os
 import random
 import socket
 import sys
+import tempfile
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 import torch
@@ -43,796 +52,856 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
-from torchvision import datasets, utils
+from torchvision import datasets
 from torchvision.transforms import v2
+from torchvision.utils import save_image
 
-SCRIPT = "pixelcnn"  # in checkpoints, which no other script reads; give your copy a name of its own
+SCRIPT = Path(__file__).stem  # a script resumes its own runs only
+USES = {"generate", "labels"}  # options that use a trained run: they need --resume
 
-# ---------------- options
+# ---------------------------------------------------------------- options
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    """Options from argv (default: the command line). Raises SystemExit for a bad one, OSError for a bad run."""
-    p = ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add, flag = p.add_argument, dict(action=argparse.BooleanOptionalAction, default=False)
-    add("--n_epochs", type=number(int), default=200, help="passes over the images; 0 only sets up")
-    add("--batch_size", type=number(int, 2), default=16, help="images a step, 2 or more")
-    add("--lr", type=number(float, 1e-9), default=2e-3, help="Adam's learning rate, above 0")
-    add("--b1", type=number(float, below=1), default=0.9, help="Adam's decay of the gradient, in [0, 1)")
-    add("--b2", type=number(float, below=1), default=0.999, help="Adam's decay of its square, in [0, 1)")
-    add("--arch", choices=["pixelcnn", "gated", "plusplus"], default="gated", help="kind of network")
-    add("--likelihood", choices=["bernoulli", "softmax", "logistic"], help="p(x_i | ...); None: by data and arch")
-    add("--binarize", **flag, help="draw black and white pixels from grey ones, anew each time")
-    add("--conditional", **flag, help="draw given the label")
-    add("--hidden_dim", type=number(int, 2), default=32, help="channels of a layer, 2 or more")
-    add("--n_layers", type=number(int, 1), help="None: 8; plusplus: 1 on each of three sizes, down and up")
-    add("--dropout", type=number(float, below=1), help="share of features to drop, in [0, 1); None: 0, plusplus 0.5")
-    add("--ema", type=number(float, below=1), default=0.999, help="decay of the model's average, in [0, 1); 0: off")
-    add("--img_size", type=number(int, 1), default=28, help="side of the images; of codes: theirs")
-    add("--channels", type=int, choices=[1, 3], help="1: turn colour into grey; None: as in the data")
-    add("--n_classes", type=number(int, 1), help="number of classes; None: the data's")
-    add("--sample_interval", type=number(int, 1), default=4000, help="batches between sample grids")
-    add("--n_cpu", type=number(int), default=8, help="processes to decode a folder, at most")
-    add("--dataset", help=f"{', '.join(DATASETS)}, a folder or a run of vqvae.py; None: mnist, or else digits")
-    add("--data_dir", default="data", help="where data sets are or come to")
-    add("--out_dir", default=f"runs/{SCRIPT}", help="the run's folder; in use: a number is added")
-    add("--seed", type=number(int), default=0, help="same seed: same images, on a CPU with as many threads")
-    add("--device", default="auto", help="cpu, cuda:1, mps ...; auto: the accelerator or cpu")
-    add("--amp", **flag, help="forward passes in bfloat16")
-    add("--compile", **flag, help="torch.compile")
-    add("--resume", metavar="RUN", help="go on with the run in this folder")
-    add("--generate", type=number(int, 1), metavar="N", help="with --resume: write N images")
-    add("--labels", type=number(int), nargs="+", metavar="Y", help="with --generate: the classes; None: all")
-    add("--temperature", type=number(float, 1e-3), default=1.0, help="with --generate: below 1 draws what is likelier")
-    opt = finish_options(p, argv, acts=["generate"], free=["labels", "temperature"])
-    n_layers, dropout = (1, 0.5) if opt.arch == "plusplus" else (8, 0.0)
-    opt.n_layers, opt.dropout = opt.n_layers or n_layers, dropout if opt.dropout is None else opt.dropout
-    if opt.likelihood and opt.binarize != (opt.likelihood == "bernoulli"):
-        p.error("--binarize and --likelihood bernoulli go together")
-    if opt.temperature != 1 and not opt.generate:
-        p.error("--temperature goes with --generate")
-    if opt.labels and not (opt.generate and opt.conditional and max(opt.labels) < opt.n_classes):
-        p.error(f"--labels {max(opt.labels)}: goes with --generate and a run with --conditional, if it has so many")
+    """Parse argv (default: the command line).
+
+    Raises SystemExit for a bad option, and InputError if --resume names no run of this script.
+    """
+    p = ArgumentParser(usage="%(prog)s [options]", description=__doc__, formatter_class=Help)
+    add = p.add_argument_group("model").add_argument
+    add("--arch", choices=["pixelcnn", "gated"], default="gated", help="masked or gated convolutions")
+    add("--conditional", action=ON_OFF, default=False, help="model the images of each class")
+    add("--hidden_dim", type=number(int, 2), default=32, help="channels of the hidden layers")
+    add("--n_layers", type=count, default=8, help="layers, or residual blocks, after the first one")
+    add("--ema", type=fraction, default=0.999, help="decay rate of the averaged weights; 0: off")
+    add = p.add_argument_group("training").add_argument
+    add("--n_epochs", type=count, default=200, help="epochs in total, those before a resume included")
+    add("--batch_size", type=number(int, 2), default=16, help="images per step")
+    add("--lr", type=positive, default=2e-3, help="Adam: learning rate")
+    add("--b1", type=fraction, default=0.9, help="Adam: decay rate of the first moment")
+    add("--b2", type=fraction, default=0.999, help="Adam: decay rate of the second moment")
+    add("--seed", type=natural, default=0, help="random seed; with --generate, another one draws others")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
+    add("--amp", action=ON_OFF, default=False, help="forward passes in bfloat16; slower on some CPUs")
+    add = p.add_argument_group("data").add_argument
+    add("--dataset", help="mnist (if not given), fashion_mnist, cifar10, digits, a folder of images "
+        "or a run of vqvae.py; colours become grey")  # fmt: skip
+    add("--data_dir", default="data", help="folder for downloaded data sets")
+    add("--img_size", type=count, default=28, help="side of the images in pixels; codes have their own")
+    add("--binarize", action=ON_OFF, default=False, help="draw black and white pixels from the grey ones")
+    add("--n_cpu", type=count, default=8, help="threads that read the images of a folder")
+    add = p.add_argument_group("run").add_argument
+    add("--out_dir", default=f"runs/{SCRIPT}", help="folder of a new run; if it exists, a number is added")
+    add("--sample_interval", type=count, default=4000, help="steps between tests, sample grids and log rows")
+    add("--resume", metavar="RUN", help="continue the run in this folder, with its options")
+    add("--generate", type=count, metavar="N", help="with --resume: write N images instead of training")
+    add("--labels", nargs="+", metavar="CLASS", help="with --generate: only of these classes")
+    p.set_defaults(channels=1, codes_hash=None)  # no options: images are grey, and train() sets the other
+    opt = parse_and_check(p, argv)
+    if opt.labels and not opt.generate:
+        p.error("--labels needs --generate N")
+    if opt.labels and not opt.conditional:
+        p.error("--labels: this run was trained without --conditional")
+    for name in opt.labels or []:
+        if name not in opt.classes:
+            p.error(f"--labels {name}: the classes are {shorten(', '.join(opt.classes), 400)}")
     return opt
 
 
-# ---------------- networks
+# ---------------------------------------------------------------- networks
 
 
 class PixelCNN(nn.Module):
-    """p(x) of whole numbers x (N, channels, size, size) below n_values; labels (N,) matter if n_classes > 0.
+    """The probability p(x) of values x (N, 1, size, size), int64, from 0 to n_values - 1.
 
-    likelihood of the values of a position: logistic, for 256 values in 1 or 3 channels; else x has 1 channel.
+    network(x, labels) gives the logits (N, n_values, H, W) of the value at each position, given those before
+    it; x may be the first rows only. Labels (N,) are needed if n_classes > 0: then it is p(x | label).
+    This is what both networks have in common.
     """
 
-    def __init__(
-        self,
-        arch: str,
-        likelihood: str,
-        n_values: int,
-        channels: int,
-        size: int,
-        dim: int,
-        n_layers: int,
-        dropout: float,
-        n_classes: int,
-    ):
+    def __init__(self, n_values: int, size: int, hidden_dim: int):
         super().__init__()
-        self.logistic, self.decoder = likelihood == "logistic", None  # codes get their decoder in new_model
-        self.size, self.n_values, self.channels = size, n_values, channels if self.logistic else 1
-        n_in, n_out = (channels, 10 * sum(LOGISTIC[channels])) if self.logistic else (min(n_values, dim), n_values)
-        self.embed = None if self.logistic else nn.Embedding(n_values, n_in)
-        stack = {"pixelcnn": MaskedStack, "gated": GatedStack, "plusplus": PlusPlusStack}[arch]
-        self.stack = stack(n_in, size, dim, n_layers, dropout, n_classes)
-        self.out = nn.Sequential(nn.ReLU(), nn.Conv2d(dim, 2 * dim, 1), nn.ReLU(), nn.Conv2d(2 * dim, n_out, 1))
-        if arch == "plusplus" or self.logistic:  # as in arXiv:1701.05517; a mean is nearly a sum of pixels
-            self.out = nn.Sequential(nn.ELU(), normed(nn.Conv2d(dim, n_out, 1)))
-
-    def vectors(self, x: Tensor) -> Tensor:
-        """Values (N, channels, H, W), int64 -> a vector of each position (N, ., H, W). Raises TypeError for floats."""
-        if x.is_floating_point():
-            raise TypeError(f"x must be of type int64, with values from 0 to {self.n_values - 1}")
-        return self.embed(x[:, 0]).movedim(-1, 1) if self.embed else (x / 127.5 - 1).type_as(self.stack.place)
-
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """What the likelihood of each position takes (N, ., H, W), such as logits, given the positions before it."""
-        return self.out(self.stack(self.vectors(x), labels))
+        self.n_values = n_values
+        self.size = size
+        self.decoder = None  # of codes: the bytes of decoder.pt2
+        self.embed = nn.Embedding(n_values, min(n_values, hidden_dim))
+        self.position_bias = nn.Parameter(torch.zeros(1, hidden_dim, size, size))
+        self.out = nn.Sequential(
+            nn.ReLU(), nn.Conv2d(hidden_dim, 2 * hidden_dim, 1),
+            nn.ReLU(), nn.Conv2d(2 * hidden_dim, n_values, 1),
+        )  # fmt: skip
 
     def log_prob(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """log p(x) of each x (N, channels, H, W), int64, in nats (N,)."""
-        out = self(x, labels).float()
-        log_p = logistic_log_prob(out, x) if self.logistic else -F.cross_entropy(out, x[:, 0], reduction="none")
-        return log_p.flatten(1).sum(1)
-
-    def images(self, x: Tensor) -> Tensor:
-        """Values (N, channels, H, W) as images in [0, 1]; codes decoded."""
-        return self.decoder(self.decoder.embed(x[:, 0])).clamp(0, 1) if self.decoder else x / (self.n_values - 1)
+        """log p(x) (N,), in nats."""
+        logits = self(x, labels).float()
+        return -F.cross_entropy(logits, x[:, 0], reduction="none").sum(dim=(1, 2))
 
     @torch.no_grad()
-    @parametrize.cached()  # weight norm: computed once
-    def sample(
-        self, n: int, labels: Tensor | None = None, given: Tensor | None = None, rows: int = 0, temperature: float = 1.0
-    ) -> Tensor:
-        """n new x (n, channels, size, size), position by position. given: x whose first `rows` rows stay."""
-        x = self.stack.place.new_zeros(1, self.channels, self.size, self.size, dtype=int) if given is None else given
-        x = x.expand(n, -1, -1, -1).clone()
-        for i in range(rows, self.size):
-            last_row = self.stack.last_row(self.vectors(x[:, :, : i + 1]), labels)  # once for what is above
+    def images(self, x: Tensor) -> Tensor:
+        """Values (N, 1, size, size) -> images in [0, 1]. Codes are decoded, on the CPU."""
+        if self.decoder is None:
+            return x / (self.n_values - 1)
+        decode = torch.export.load(io.BytesIO(self.decoder)).module()
+        return decode(x[:, 0].cpu())
+
+    @torch.no_grad()
+    def sample(self, n: int, labels: Tensor | None = None) -> Tensor:
+        """Draw n values x (n, 1, size, size). Raises RuntimeError if a probability is not finite."""
+        x = self.embed.weight.new_zeros(n, 1, self.size, self.size, dtype=torch.long)
+        for i in range(self.size):
+            drawn, above = self.start_row(x[:, :, : i + 1], labels)
             for j in range(self.size):
-                out = self.out(last_row(self.vectors(x[:, :, i : i + 1]))[..., j : j + 1])[:, :, 0, 0]
-                out = out.float().nan_to_num(0, 1e9, -1e9)  # in bfloat16 a random number is 0 too often
-                if self.logistic:
-                    x[:, :, i, j] = logistic_draw(out, self.channels, temperature)
-                else:
-                    x[:, 0, i, j] = torch.distributions.Categorical(logits=out / temperature).sample()
-            if sys.stdout.isatty():
-                print(f"drawing {n}: row {i + 1} of {self.size}", end="\r", flush=True)
+                logits = self(drawn, labels, above)[:, :, -1, j].float()
+                # drawn shares the memory of x, so that the next pass sees the new value.
+                x[:, :, i, j] = torch.multinomial(logits.softmax(dim=1), 1)
         return x
 
-
-# By channels: how many numbers are a logistic's logit, means, log-scales and, in equation 3, alpha, beta and gamma.
-LOGISTIC = {1: [1, 1, 1, 0], 3: [1, 3, 3, 3]}
-
-
-def logistics(out: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The K logistics of out (N, ., ...) for values x (N, C, ...) in [-1, 1] (arXiv:1701.05517, equation 3).
-
-    Logits (N, K, ...), and (N, K, C, ...) means, which depend on the channels before, and scales.
-    """
-    sizes = LOGISTIC[x.shape[1]]
-    logits, mean, log_scale, weights = out.unflatten(1, (-1, sum(sizes))).split(sizes, 2)
-    if x.shape[1] == 3:
-        (red, green, _), (alpha, beta, gamma) = x[:, None].unbind(2), weights.tanh().unbind(2)
-        mean = mean + torch.stack([torch.zeros_like(alpha), alpha * red, beta * red + gamma * green], 2)
-    return logits.squeeze(2), mean, log_scale.clamp(-7, 7).exp()
-
-
-def logistic_log_prob(out: Tensor, x: Tensor) -> Tensor:
-    """log p(x) in nats (N, ...) of x (N, C, ...) in 0 to 255, by the mixture of out (arXiv:1701.05517, equation 2).
-
-    With s the sigmoid, p = s(b) - s(a) = s(b) s(-a) (1 - e^(a-b)) for the edges a < b of a value, in scales from the
-    mean: three factors whose logarithms do not underflow. The lowest value's a is -inf, the highest's b is inf.
-    """
-    centre = x.type_as(out) / 127.5 - 1
-    logits, mean, scale = logistics(out, centre)
-    x, from_mean, half = x[:, None], centre[:, None] - mean, 1 / 127.5 / 2
-    above = F.logsigmoid((from_mean + half) / scale) * (x < 255)
-    below = F.logsigmoid((half - from_mean) / scale) * (x > 0)
-    between = (-torch.expm1(-2 * half / scale)).log() * ((x > 0) & (x < 255))
-    return torch.logsumexp(logits.log_softmax(1) + (above + below + between).sum(2), 1)
-
-
-def logistic_draw(out: Tensor, channels: int, temperature: float = 1.0) -> Tensor:
-    """Values (N, channels) from 0 to 255 of the mixtures out (N, .); a low temperature: by the likeliest's mean."""
-    x = out.new_zeros(len(out), channels)
-    k = torch.distributions.Categorical(logits=logistics(out, x)[0] / temperature).sample()
-    out = out.unflatten(1, (-1, sum(LOGISTIC[channels]))).take_along_dim(k[:, None, None], 1)[:, 0]  # the k-th alone
-    for c in range(channels):  # its mean depends on those before
-        _, mean, scale = logistics(out, x / 127.5 - 1)
-        drawn = mean[:, 0, c] + temperature * scale[:, 0, c] * torch.rand_like(x[:, c]).logit()
-        x[:, c] = ((drawn + 1) * 127.5).round().clamp(0, 255)
-    return x.long()
+    def start_row(self, x: Tensor, labels: Tensor | None) -> tuple[Tensor, list[Tensor] | None]:
+        """What forward() needs to give the logits of the last row of x."""
+        return x, None
 
 
 class MaskedConv(nn.Conv2d):
-    """A convolution that sees no later position, and its own only if `own` (masks A and B of arXiv:1601.06759)."""
+    """A convolution in which only the first n_seen of the kernel_size^2 positions count, from the top left.
 
-    def __init__(self, n_in: int, n_out: int, side: int, own: bool):
-        super().__init__(n_in, n_out, side, padding=side // 2)
-        self.register_buffer("mask", (torch.arange(side**2) < side**2 // 2 + own).float().view(side, side))
+    kernel_size^2 // 2 are those before its own (the paper's mask A); one more is its own, too (mask B).
+    """
+
+    def __init__(self, n_in: int, n_out: int, kernel_size: int, n_seen: int):
+        super().__init__(n_in, n_out, kernel_size, padding=kernel_size // 2)
+        mask = torch.arange(kernel_size**2) < n_seen
+        self.register_buffer("mask", mask.float().view(kernel_size, kernel_size))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight * self.mask, self.bias, padding=self.padding)
 
 
-class MaskedStack(nn.Module):
-    """(N, n_in, H, W) -> (N, dim, H, W): figure 5 of arXiv:1601.06759, with the label as a bias of each block."""
+class MaskedPixelCNN(PixelCNN):
+    """--arch pixelcnn: masked convolutions in residual blocks (arXiv:1601.06759, figure 5)."""
 
-    def __init__(self, n_in: int, size: int, dim: int, n_layers: int, dropout: float, n_classes: int):
-        super().__init__()
-        self.place = nn.Parameter(torch.zeros(1, dim, size, size))  # a bias of each position
-        self.first, self.dropout, half = MaskedConv(n_in, dim, 7, own=False), nn.Dropout2d(dropout), dim // 2
-        self.blocks, self.labels = nn.ModuleList(), nn.ParameterList()
+    def __init__(self, n_values: int, size: int, hidden_dim: int, n_layers: int, n_classes: int):
+        super().__init__(n_values, size, hidden_dim)
+        half = hidden_dim // 2
+        self.first = MaskedConv(self.embed.embedding_dim, hidden_dim, 7, n_seen=24)
+        self.label_biases = nn.Parameter(torch.zeros(n_layers, n_classes, hidden_dim))
+        self.blocks = nn.ModuleList()
         for _ in range(n_layers):
-            down, masked, up = nn.Conv2d(dim, half, 1), MaskedConv(half, half, 3, own=True), nn.Conv2d(half, dim, 1)
-            self.blocks.append(nn.Sequential(nn.ReLU(), down, nn.ReLU(), masked, nn.ReLU(), up))
-            self.labels.append(torch.zeros(n_classes, dim) if n_classes else None)
+            block = nn.Sequential(
+                nn.ReLU(), nn.Conv2d(hidden_dim, half, 1),
+                nn.ReLU(), MaskedConv(half, half, 3, n_seen=5),
+                nn.ReLU(), nn.Conv2d(half, hidden_dim, 1),
+            )  # fmt: skip
+            self.blocks.append(block)
 
-    def forward(self, e: Tensor, labels: Tensor | None) -> Tensor:
-        h = self.first(e) + self.place[:, :, : e.shape[2]]
-        for block, label in zip(self.blocks, self.labels):
-            h = h + self.dropout(block(h + label[labels][:, :, None, None] if label is not None else h))
-        return h
-
-    def last_row(self, e: Tensor, labels: Tensor | None) -> Callable:
-        """The function that maps the last row of e, e[:, :, -1:], to that of forward(e), for the rows above it in e."""
-        return lambda row: self(torch.cat([e[:, :, :-1], row], 2), labels)[:, :, -1:]
+    def forward(self, x: Tensor, labels: Tensor | None = None, above: None = None) -> Tensor:
+        """above is not used: drawing, too, starts from all rows."""
+        e = self.embed(x[:, 0]).movedim(-1, 1)
+        h = self.first(e) + self.position_bias[:, :, : x.shape[2]]
+        for block, label_bias in zip(self.blocks, self.label_biases):
+            h = h + block(add_bias(h, label_bias, labels))
+        return self.out(h)
 
 
-class GatedStack(nn.Module):
-    """(N, n_in, H, W) -> (N, dim, H, W): figure 2 of arXiv:1606.05328; above: its vertical stack, left: horizontal."""
+class GatedPixelCNN(PixelCNN):
+    """--arch gated: one stack sees the rows above, the other also the row (arXiv:1606.05328, figure 2)."""
 
-    def __init__(self, n_in: int, size: int, dim: int, n_layers: int, dropout: float, n_classes: int):
-        super().__init__()
-        self.place = nn.Parameter(torch.zeros(1, dim, size, size))  # a bias of each position
-        self.first_above, self.first_left = nn.Conv2d(n_in, dim, (3, 7)), nn.Conv2d(n_in, dim, (1, 3))
-        self.convs, self.labels, self.dropout = nn.ModuleList(), nn.ParameterList(), nn.Dropout2d(dropout)
-        for _ in range(n_layers):
-            above, left = nn.Conv2d(dim, 2 * dim, (2, 3)), nn.Conv2d(dim, 2 * dim, (1, 2))
-            self.convs.append(nn.ModuleList([above, nn.Conv2d(2 * dim, 2 * dim, 1), left, nn.Conv2d(dim, dim, 1)]))
-            self.labels.append(torch.zeros(n_classes, 2 * dim) if n_classes else None)
+    def __init__(self, n_values: int, size: int, hidden_dim: int, n_layers: int, n_classes: int):
+        super().__init__(n_values, size, hidden_dim)
+        self.first_vertical = nn.Conv2d(self.embed.embedding_dim, hidden_dim, (3, 7))
+        self.first_horizontal = nn.Conv2d(self.embed.embedding_dim, hidden_dim, (1, 3))
+        self.layers = nn.ModuleList(GatedLayer(hidden_dim, n_classes) for _ in range(n_layers))
 
-    def above(self, e: Tensor, labels: Tensor | None) -> list[Tensor]:
-        """What each layer hands to the horizontal stack (N, 2 dim, H, W): in row i, of the rows above i."""
-        h = self.first_above(F.pad(e, (3, 3, 3, -1)))  # 3 zero rows above, the last row cut off: i sees i - 3 to i - 1
-        h, handed = h + self.place[:, :, : e.shape[2]], []  # the first rows of a picture that is being drawn
-        for (above, to_left, _, _), label in zip(self.convs, self.labels):
-            both = above(F.pad(h, (1, 1, 1, 0)))
-            both = both + label[labels][:, :, None, None] if label is not None else both  # to_left has it
-            handed.append(to_left(both))
-            h = gate(both)
+    def forward(self, x: Tensor, labels: Tensor | None = None, above: list[Tensor] | None = None) -> Tensor:
+        """above: what vertical(x, labels) gave, if it is known."""
+        e = self.embed(x[:, 0]).movedim(-1, 1)
+        h = self.first_horizontal(F.pad(e[:, :, :, :-1], (3, 0)))  # column j sees columns j - 3 to j - 1
+        for layer, from_above in zip(self.layers, above or self.vertical(x, labels)):
+            new = gate(layer.horizontal(F.pad(h, (1, 0))) + from_above)
+            h = h + layer.residual(new)
+        return self.out(h)
+
+    def vertical(self, x: Tensor, labels: Tensor | None) -> list[Tensor]:
+        """What the vertical stack hands to the horizontal one in each layer (N, 2 hidden_dim, H, W)."""
+        e = self.embed(x[:, 0]).movedim(-1, 1)
+        v = self.first_vertical(F.pad(e[:, :, :-1], (3, 3, 3, 0)))  # row i sees rows i - 3 to i - 1
+        v = v + self.position_bias[:, :, : x.shape[2]]
+        handed = []
+        for layer in self.layers:
+            both = add_bias(layer.vertical(F.pad(v, (1, 1, 1, 0))), layer.label_bias, labels)
+            v = gate(both)
+            handed.append(layer.to_horizontal(both))
         return handed
 
-    def forward(self, e: Tensor, labels: Tensor | None, above: list[Tensor] | None = None) -> Tensor:
-        h = self.first_left(F.pad(e, (3, -1)))  # j sees j - 3 to j - 1
-        for (_, _, left, out), handed in zip(self.convs, above or self.above(e, labels)):
-            h = h + self.dropout(out(gate(left(F.pad(h, (1, 0))) + handed)))
+    def start_row(self, x: Tensor, labels: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        return x[:, :, -1:], [handed[:, :, -1:] for handed in self.vertical(x, labels)]
+
+
+class GatedLayer(nn.Module):
+    """The weights of a layer of GatedPixelCNN."""
+
+    def __init__(self, dim: int, n_classes: int):
+        super().__init__()
+        self.label_bias = nn.Parameter(torch.zeros(n_classes, 2 * dim))
+        self.vertical = nn.Conv2d(dim, 2 * dim, (2, 3))
+        self.to_horizontal = nn.Conv2d(2 * dim, 2 * dim, 1)
+        self.horizontal = nn.Conv2d(dim, 2 * dim, (1, 2))
+        self.residual = nn.Conv2d(dim, dim, 1)
+
+
+def gate(h: Tensor) -> Tensor:
+    """tanh of the first half of the channels times sigmoid of the second (arXiv:1606.05328, equation 2)."""
+    a, b = h.chunk(2, dim=1)
+    return a.tanh() * b.sigmoid()
+
+
+def add_bias(h: Tensor, label_bias: Tensor, labels: Tensor | None) -> Tensor:
+    """Features h (N, C, H, W) plus label_bias (n_classes, C) of each label (N,), if there are classes."""
+    if len(label_bias) == 0:
         return h
-
-    def last_row(self, e: Tensor, labels: Tensor | None) -> Callable:
-        """As in MaskedStack, but what is above is computed once for the row."""
-        above = [handed[:, :, -1:] for handed in self.above(e, labels)]
-        return lambda row: self(row, labels, above)
+    return h + F.embedding(labels, label_bias)[:, :, None, None]
 
 
-def gate(h: Tensor, tanh: bool = True) -> Tensor:
-    """The first half of the channels, or tanh of it, times sigmoid of the second."""
-    a, b = (half.contiguous(memory_format=torch.channels_last) for half in h.chunk(2, 1))  # faster than as they lie
-    return (a.tanh() if tanh else a) * b.sigmoid()
+# ---------------------------------------------------------------- training
 
 
-class PlusPlusStack(nn.Module):
-    """(N, n_in, H, W) -> (N, dim, H, W), H and W multiples of 4: figure 2 of arXiv:1701.05517.
+def hold_out(opt: Namespace, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training images and labels, then test images and labels.
 
-    Its stream u, going down, sees the rows above; ul, going down and right, also what is left in the row.
+    A named data set has its own test images. Otherwise every tenth image is one.
     """
-
-    def __init__(self, n_in: int, size: int, dim: int, n_layers: int, dropout: float, n_classes: int):
-        super().__init__()
-        self.place = nn.Parameter(torch.zeros(1, dim, size, size))  # a bias of each position
-        self.first_u = normed(Shifted(n_in, dim, (3, 7), (3, 3, 3, -1)))
-        self.first_ul = normed(Shifted(n_in, dim, (1, 3), (3, -1, 0, 0)))
-        self.down, self.up, same = nn.ModuleList(), nn.ModuleList(), (dim, dropout, n_classes)
-        for i in range(3 * n_layers):  # as many on the whole, half and quarter size, going down and up
-            down = "half" if i in (n_layers, 2 * n_layers) else ""
-            up = "double" if i + 1 in (n_layers, 2 * n_layers) else ""
-            self.down.append(nn.ModuleList([PlusPlusBlock(3, 0, down, *same), PlusPlusBlock(2, dim, down, *same)]))
-            self.up.append(nn.ModuleList([PlusPlusBlock(3, dim, up, *same), PlusPlusBlock(2, 2 * dim, up, *same)]))
-
-    def forward(self, e: Tensor, labels: Tensor | None, top: int = 0, seen: dict | None = None) -> Tensor:
-        u = self.place[:, :, top : top + e.shape[2]] + self.first_u(e, seen)  # place first: its memory format stays
-        ul, cuts = u + self.first_ul(e, seen), []
-        for u_block, ul_block in self.down:
-            u = u_block(u, None, labels, seen)
-            ul = ul_block(ul, u, labels, seen)
-            cuts.append((u, ul))
-        for (u_block, ul_block), (u_cut, ul_cut) in zip(reversed(self.up), reversed(cuts)):
-            u = u_block(u, u_cut, labels, seen)
-            ul = ul_block(ul, torch.cat([u, ul_cut], 1), labels, seen)
-        return ul
-
-    def last_row(self, e: Tensor, labels: Tensor | None) -> Callable:
-        """As in MaskedStack; but only four rows, one of a quarter of the size, see anew, and remember those above."""
-        fours, i = divmod(e.shape[2] - 1, 4)  # those above; and of its own four, which one is the row
-        four, seen = F.pad(e[:, :, 4 * fours :], (0, 0, 0, 3 - i)), {}
-        self(torch.cat([e[:, :, : 4 * fours], four], 2), labels, 0, seen)
-        above, below = four[:, :, :i], four[:, :, i + 1 :]
-        return lambda row: self(torch.cat([above, row, below], 2), labels, 4 * fours, seen)[:, :, i : i + 1]
+    if opt.dataset in NAMED:
+        test_images, test_labels, _ = load_data(opt, train=False)
+        return images, labels, test_images, test_labels
+    is_test = torch.arange(len(images)) % 10 == 0
+    return images[~is_test], labels[~is_test], images[is_test], labels[is_test]
 
 
-class PlusPlusBlock(nn.Module):
-    """x + a sigmoid(b), where a, b come from x by two filters and from `more` by a 1x1 filter; x is resized before.
+def load_codes(opt: Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training codes (N, 1, h, w) and labels (N,), then test codes and labels, of a run of vqvae.py.
 
-    x and the result (N, dim, H, W), more (N, n_more, H, W) or None; resize: "", "half" or "double" the size of x.
+    Sets what they decide in opt: classes, n_values, img_size and a hash of the codes. Raises InputError if
+    the run has no codes, or not those with which the run to resume was started.
     """
-
-    def __init__(self, width: int, n_more: int, resize: str, dim: int, dropout: float, n_classes: int):
-        super().__init__()
-        filters = (2, width), (1, width - 2, 1, 0)  # a row above, and one to the left, if 3 wide also to the right
-        self.smaller = normed(Shifted(dim, dim, *filters, stride=2)) if resize == "half" else None
-        self.larger = normed(nn.ConvTranspose2d(dim, dim, 2, 2), 1) if resize == "double" else None
-        self.first = normed(Shifted(2 * dim, dim, *filters))
-        self.second = normed(Shifted(2 * dim, 2 * dim, *filters))
-        self.more = normed(nn.Conv2d(2 * n_more, dim, 1)) if n_more else None
-        self.label = nn.Parameter(torch.zeros(n_classes, 2 * dim)) if n_classes else None
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, more: Tensor | None, labels: Tensor | None, seen: dict | None) -> Tensor:
-        x = self.smaller(x, seen) if self.smaller else self.larger(x) if self.larger else x
-        h = self.first(concat_elu(x), seen)
-        h = h + self.more(concat_elu(more)) if self.more else h
-        h = self.second(self.dropout(concat_elu(h)), seen)
-        h = h + self.label[labels][:, :, None, None] if self.label is not None else h
-        return x + gate(h, tanh=False)
-
-
-class Shifted(nn.Conv2d):
-    """A convolution of x shifted: padded by (left, right, top, bottom), where below 0 cuts off.
-
-    seen: {} remembers what it sees of x; then, given the last rows of such an x, it takes those above from there.
-    """
-
-    def __init__(self, n_in: int, n_out: int, kernel: tuple, shift: tuple, stride: int = 1):
-        super().__init__(n_in, n_out, kernel, stride)
-        self.shift = shift
-
-    def forward(self, x: Tensor, seen: dict | None) -> Tensor:
-        x, top = F.pad(x, self.shift), self.shift[2]
-        if seen is not None:
-            x = torch.cat([seen.setdefault(self, x)[:, :, -x.shape[2] :][:, :, :top], x[:, :, top:]], 2)
-        return super().forward(x)
-
-
-def normed(conv: nn.Module, dim: int = 0) -> nn.Module:
-    """Put weight norm on a filter, whose outputs are the dimension `dim` of its weights; each begins with norm 1."""
-    nn.init.ones_(weight_norm(conv, dim=dim).parametrizations.weight.original0)
-    return conv
-
-
-def concat_elu(x: Tensor) -> Tensor:
-    """ELU of x and of -x: twice the channels."""
-    return F.elu(torch.cat([x, -x], 1))
-
-
-# --- block: decoder
-class Residual(nn.Sequential):
-    """x + f(x) for x (N, dim, h, w)."""
-
-    def __init__(self, dim: int, residual_dim: int):
-        super().__init__(nn.ReLU(), nn.Conv2d(dim, residual_dim, 3, 1, 1), nn.ReLU(), nn.Conv2d(residual_dim, dim, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
-
-
-class Decoder(nn.Module):
-    """The vectors of codes e (N, latent_dim, h, w) -> images (N, dims[0], H, W), the encoder in reverse."""
-
-    def __init__(self, n_embeddings: int, latent_dim: int, dims: list, residual_dim: int):
-        super().__init__()
-        self.codebook = nn.Parameter(torch.randn(n_embeddings, latent_dim))
-        layers = [nn.Conv2d(latent_dim, dims[-1], 3, 1, 1), *(Residual(dims[-1], residual_dim) for _ in range(2))]
-        for n_in, n_out in zip(dims[::-1], dims[-2::-1]):
-            layers += [nn.ReLU(), nn.ConvTranspose2d(n_in, n_out, 4, 2, 1)]
-        self.layers = nn.Sequential(*layers)
-
-    def embed(self, codes: Tensor) -> Tensor:
-        """Codes (N, h, w) -> their vectors (N, latent_dim, h, w)."""
-        return F.embedding(codes.long(), self.codebook).movedim(-1, 1)
-
-    def forward(self, e: Tensor) -> Tensor:
-        return self.layers(e)
-
-
-# ---------------- training
-
-
-def train_step(model: PixelCNN, optimizer: torch.optim.Optimizer, x: Tensor, labels: Tensor) -> dict:
-    """Raise log p(x) of a batch; returns what it was, as a loss, in nats per image."""
-    nats = -model.log_prob(x, labels).mean()
-    optimizer.zero_grad()
-    nats.backward()
-    mean_gradients(model)
-    optimizer.step()
-    return dict(nats=nats.detach())
-
-
-def average(model_avg: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Move model_avg towards the model. Its memory is short at first, so that it forgets how the model started."""
-    decay = min(decay, (1 + step) / (10 + step)) if decay else 0.0
-    torch.optim.swa_utils.get_ema_multi_avg_fn(decay)([*model_avg.parameters()], [*model.parameters()], None)
+    file = Path(opt.dataset, "codes.npz")
+    try:
+        arrays = dict(np.load(file))
+    except Exception as e:  # numpy raises many kinds
+        raise InputError(f'"{file}", the codes of a run of vqvae.py, cannot be read ({e})') from e
+    codes_hash = hashlib.sha256(arrays["codes"].tobytes() + arrays["test_codes"].tobytes()).hexdigest()
+    if opt.resume is not None and codes_hash != opt.codes_hash:
+        raise InputError(f'"{file}" has other codes than those with which the run was started')
+    if opt.binarize:
+        raise InputError("--binarize is for images, not for codes")
+    opt.codes_hash = codes_hash
+    opt.classes = arrays["classes"].tolist()
+    opt.n_values = int(arrays["n_embeddings"])
+    opt.img_size = arrays["codes"].shape[1]
+    names = ["codes", "labels", "test_codes", "test_labels"]
+    codes, labels, test_codes, test_labels = [torch.from_numpy(arrays[name]).long() for name in names]
+    say(f'{len(codes)} images as codes, {len(test_codes)} for the test, in "{file}"')
+    return codes[:, None], labels, test_codes[:, None], test_labels
 
 
 @torch.no_grad()
 def test(model: PixelCNN, x: Tensor, labels: Tensor) -> dict[str, float]:
-    """-log p(x) of test images: nats per image, bits per dimension (of an image that is one of codes: per code)."""
-    nats = -sum(float(model.log_prob(*part).sum()) for part in zip(x.split(100), labels.split(100))) / len(x)
-    return dict(test_nats=nats, test_bits_per_dim=nats / math.log(2) / x[0].numel())
+    """-log p(x) of test values: nats per image, and bits per dimension, which is a pixel or a code."""
+    parts = zip(x.split(100), labels.split(100))
+    log_p = torch.cat([model.log_prob(*part) for part in parts])
+    nats = -log_p.mean().item()
+    return {"test_nats": nats, "test_bits_per_dim": nats / math.log(2) / x[0].numel()}
 
 
 def train(opt: Namespace) -> Path:
-    """Train and return the run's folder. Raises OSError for bad data or files, FloatingPointError for a bad loss."""
-    device = find_device(opt)
-    of_codes = vars(opt).get("codebook") or (opt.dataset and Path(opt.dataset, "checkpoint.pt").exists())
-    data, tests, decoder = load_codes(opt) if of_codes else load_images(opt)
-    if opt.arch == "plusplus" and opt.img_size % 4:
-        raise OSError(f"side {opt.img_size}: --arch plusplus needs a multiple of 4 (--img_size; of codes: in vqvae.py)")
-    torch.manual_seed(0)  # black and white test images are drawn once
-    tests = ((tests[0] / 255).bernoulli() if opt.binarize else tests[0]).long().to(device), tests[1].to(device)
-    data = TensorDataset(*(part.to(device) for part in data))
-    sampler = BatchSampler(RandomSampler(data), opt.batch_size, drop_last=True)
-    loader = DataLoader(data, sampler=sampler, batch_size=None)  # a batch is data[[3, 1, ...]]: one look-up, not 16
+    """Train, and return the run's folder. Raises InputError, an OSError, for bad data or options."""
+    opt = copy.copy(opt)
+    if WORLD > 1 and not dist.is_initialized():
+        dist.init_process_group()
+    device = find_device(opt.device)
+    if opt.codes_hash or (opt.dataset and Path(opt.dataset, "codes.npz").exists()):
+        images, labels, test_images, test_labels = load_codes(opt)
+    else:
+        # For data of your own, replace this line. Images are uint8 (N, 1, img_size, img_size), labels
+        # (N,) count from 0, classes are their names.
+        images, labels, opt.classes = load_data(opt)
+        images, labels, test_images, test_labels = hold_out(opt, images, labels)
+        opt.n_values = 2 if opt.binarize else 256
+    images = images.to(device)  # all of them lie on the device
+    labels = labels.to(device)
+    loader = make_loader(images, labels, opt.batch_size)
+    test_x = test_images.long()
+    if opt.binarize:
+        seed("test images")  # always the same black and white ones
+        test_x = (test_images / 255).bernoulli().long()
+    test_x = test_x.to(device)
+    test_labels = test_labels.to(device)
 
     torch.manual_seed(opt.seed)
     model = new_model(opt)
-    model.load_state_dict(decoder, strict=False)  # of codes: to draw without the run of vqvae.py
-    model.to(device, memory_format=torch.channels_last)  # faster for convolutions
-    model_avg = copy.deepcopy(model).eval().requires_grad_(False)
-    if opt.amp:
-        model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
-    if opt.compile:
-        model.compile()
+    model.to(device, memory_format=torch.channels_last)  # faster convolutions
+    model_avg = copy.deepcopy(model).eval().requires_grad_(False)  # for tests, sample grids and load()
+    if opt.codes_hash:
+        model_avg.decoder = Path(opt.dataset, "decoder.pt2").read_bytes()
     optimizer = torch.optim.Adam(model.parameters(), opt.lr, (opt.b1, opt.b2), fused=True)
-    columns = min(opt.n_classes, 10) if opt.conditional else 10
-    grid_labels = torch.arange(3 * columns, device=device) % columns
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=opt.amp)
 
-    def picture() -> None:
-        seed(opt.seed, "grid")  # the same noise each time
-        save_grid(run, model_avg.images(model_avg.sample(3 * columns, grid_labels)), columns)
+    # With --conditional, column k of a sample grid is class k; of fewer than 10 classes they start again.
+    grid_labels = torch.arange(10).repeat(3).to(device) % len(opt.classes)
 
-    run = start(opt, loader, model=model, model_avg=model_avg, optimizer=optimizer)
-    try:
-        for epoch in range(run.done // len(loader), opt.n_epochs):
-            seed(opt.seed, "epoch", epoch)  # of the order of the images
-            for i, (real, labels) in enumerate(loader, epoch * len(loader)):
-                if i < run.done:  # trained before the checkpoint
-                    continue
-                if i % opt.sample_interval == 0:
-                    picture()
-                seed(opt.seed, "batch", i, RANK)  # of dropout and binary pixels, so that a resumed run has the same
-                real, labels = (part[RANK::WORLD].to(device) for part in (real, labels))
-                x = (real / 255).bernoulli() if opt.binarize else real  # black and white pixels, drawn anew
-                losses = train_step(model, optimizer, x.long(), labels)
-                average(model_avg, model, opt.ema, i)
-                after_batch(run, opt, **losses)
-            after_epoch(run, opt, **test(model_avg, *tests))
-        picture()
-        x, y = (part[torch.linspace(0, len(part) - 1, 6).long()].repeat_interleave(8, 0) for part in tests)
-        drawn = model_avg.sample(len(x), y, x, model.size // 2)
-        drawn[::8] = x[::8]  # each row: a test image, then what its upper half was completed to
-        if RANK == 0:
-            utils.save_image(model_avg.images(drawn), run.folder / "completion.png", nrow=8)
-    finally:  # after Ctrl-C, too
-        finish(run, sample="training.gif")
+    run = Run(opt, loader, model=model, model_avg=model_avg, optimizer=optimizer)
+    if opt.codes_hash and RANK == 0:
+        with replacing(run.folder / "decoder.pt2") as file:  # so that drawing needs no run of vqvae.py
+            file.write_bytes(model_avg.decoder)
+    first_epoch, n_done = divmod(run.step, len(loader))
+    for epoch in range(first_epoch, opt.n_epochs):
+        seed(opt.seed, "epoch", epoch)  # of the order of the images, for a resumed run as before
+        for real, y in itertools.islice(loader, n_done, None):
+            seed(opt.seed, "step", run.step, RANK)  # of the pixels drawn, for a resumed run as before
+            real = real[RANK::WORLD].to(device)
+            y = y[RANK::WORLD].to(device)
+            x = real.long()
+            if opt.binarize:
+                x = (real / 255).bernoulli().long()  # black and white pixels, drawn anew in each epoch
+
+            with autocast:
+                nats = -model.log_prob(x, y).mean()  # the last steps of it are in float32
+            optimizer.zero_grad()
+            nats.backward()
+            average_gradients(model)
+            optimizer.step()
+
+            update_average(model_avg, model, opt.ema, run.step)
+            run.end_step(nats=nats)
+            if run.step % opt.sample_interval == 0 or run.step == run.last_step:
+                seed(opt.seed, "grid")  # the same random numbers each time
+                drawn = model_avg.sample(30, grid_labels)
+                run.save_grid("sample", model_avg.images(drawn), 10)
+                run.record(**test(model_avg, test_x, test_labels))
+            run.save_if_due()
+        n_done = 0
+
+    run.finish("sample")
     return run.folder
 
 
-def load_images(opt: Namespace) -> tuple[tuple, tuple, dict]:
-    """Images (N, C, H, W), uint8, and labels (N,), to train and to test with; no decoder."""
-    data = load_data(opt)
-    by_arch = "logistic" if opt.channels == 3 or opt.arch == "plusplus" else "softmax"
-    opt.likelihood = opt.likelihood or ("bernoulli" if opt.binarize else by_arch)
-    if opt.channels == 3 and opt.likelihood != "logistic":
-        raise OSError(f"{opt.dataset} is read in colour: for --likelihood logistic; or give --channels 1")
-    opt.codebook, opt.decoder, opt.n_values = None, None, 2 if opt.binarize else 256
-    if opt.dataset in DATASETS:
-        return data, load_data(opt, train=False), {}
-    kept = [i for i in range(len(data[0])) if i % 10] or [0]  # every tenth image is held out
-    return tuple(part[kept] for part in data), tuple(part[::10] for part in data), {}
-
-
-def load_codes(opt: Namespace) -> tuple[tuple, tuple, dict]:
-    """Codes (N, 1, h, w) of the run of vqvae.py opt.dataset, and labels, to train and to test with; decoder weights."""
-    try:
-        state = torch.load(Path(opt.dataset, "checkpoint.pt"), map_location="cpu", weights_only=True)
-        o, done = Namespace(**state["options"]), state["position"][0]
-        arrays = np.load(Path(opt.dataset, "codes.npz")) if state["script"] == "vqvae" else {}
-        if arrays.get("batches_done") != done:
-            raise ValueError(f"{state['script']}.py, {done} batches done; codes.npz: {arrays.get('batches_done')}")
-        names = ("codes", "labels", "test_codes", "test_labels")
-        x, labels, test_x, test_labels = (torch.from_numpy(arrays[name].astype(np.int64)) for name in names)
-    except Exception as e:  # torch and numpy raise many kinds
-        raise OSError(f"{opt.dataset}: {e!r}; its codes: python vqvae.py --resume {opt.dataset} --n_epochs 0") from e
-    made = float(state["model_avg"]["decoder.codebook"].sum())  # is another after more training
-    if (vars(opt).get("codebook") or made) != made or opt.n_classes not in (None, o.n_classes):
-        raise OSError(f"{opt.dataset}: its codes have changed, or --n_classes does not fit; start anew")
-    if opt.likelihood not in (None, "softmax") or opt.binarize:
-        raise OSError(f"{opt.dataset}: codes are for --likelihood softmax, without --binarize")
-    dims = [o.channels, *[o.hidden_dim // 2] * (o.downsample.bit_length() - 2), o.hidden_dim]
-    opt.codebook, opt.n_values, opt.decoder = made, o.n_embeddings, [o.n_embeddings, o.latent_dim, dims, o.residual_dim]
-    opt.channels, opt.img_size, opt.classes, opt.n_classes = o.channels, x.shape[2], o.classes, o.n_classes
-    opt.likelihood = "softmax"
-    decoder = {name: weight for name, weight in state["model_avg"].items() if name.startswith("decoder.")}
-    return (x[:, None], labels), (test_x[:, None], test_labels), decoder
-
-
-# ---------------- load and generate
+# ---------------------------------------------------------------- load and generate
 
 
 def new_model(opt: Namespace) -> PixelCNN:
-    """An untrained model of these options."""
-    n_classes = opt.n_classes if opt.conditional else 0
-    of_x, of_layers = (opt.n_values, opt.channels, opt.img_size), (opt.hidden_dim, opt.n_layers, opt.dropout, n_classes)
-    model = PixelCNN(opt.arch, opt.likelihood, *of_x, *of_layers)
-    model.decoder = Decoder(*opt.decoder).requires_grad_(False) if opt.decoder else None
-    return model
+    network = {"pixelcnn": MaskedPixelCNN, "gated": GatedPixelCNN}[opt.arch]
+    n_classes = len(opt.classes) if opt.conditional else 0
+    return network(opt.n_values, opt.img_size, opt.hidden_dim, opt.n_layers, n_classes)
 
 
-def load(run: str | Path, device: str | torch.device = "cpu") -> PixelCNN:
-    """The averaged model of a run's folder, in eval mode, with its `.options`. Raises OSError if it has none."""
-    state = read_checkpoint(run)
-    model = new_model(Namespace(**state["options"]))
+def load(folder: str | Path, device: str | torch.device = "cpu") -> PixelCNN:
+    """The averaged model of a run, in eval mode, with the run's options as `model.options`.
+
+    model.log_prob(x, labels) is log p(x) in nats, model.sample(n, labels) draws x, and model.images(x) makes
+    images of x, values (N, 1, H, W) of type int64 below model.n_values. Label k is the class
+    model.options.classes[k]; without --conditional labels do not matter.
+    Raises InputError if the folder is not that of a run of this script.
+    """
+    state = read_checkpoint(folder)
+    options = Namespace(**state["options"])
+    model = new_model(options)
     model.load_state_dict(state["model_avg"])
-    model.options = state["options"]
+    if options.codes_hash:
+        model.decoder = Path(folder, "decoder.pt2").read_bytes()
+    model.options = options
     return model.to(device).eval().requires_grad_(False)
 
 
 def generate(opt: Namespace) -> Path:
-    """Write opt.generate images; given labels, as many of each class, in sub-folders. Returns the folder."""
-    device = find_device(opt)
-    model, folder = load(opt.resume, device), new_folder(Path(opt.resume, "generated"))
-    classes = sorted(set(opt.labels or range(opt.n_classes)))
+    """Write opt.generate images; with --conditional evenly over the classes, in one sub-folder per class."""
+    device = find_device(opt.device)
+    model = load(opt.resume, device)
+    folder = new_folder(Path(opt.resume, "generated"))
+    names = opt.labels or opt.classes
+    names = [names[i % len(names)] for i in range(opt.generate)]
+    labels = torch.tensor([opt.classes.index(name) for name in names], device=device)
     torch.manual_seed(opt.seed)
-    labels = torch.tensor([classes[i % len(classes)] for i in range(opt.generate)], device=device)
-    drawn = torch.cat([model.sample(len(y), y, temperature=opt.temperature) for y in labels.split(100)])
-    for i, x in enumerate(drawn):
-        file = folder / (opt.classes[labels[i]] if opt.conditional else "") / f"{i:06}.png"
-        file.parent.mkdir(exist_ok=True)
-        utils.save_image(model.images(x[None]), file)
-    if model.decoder:  # for vqvae.py --decode
-        named = dict(labels=labels.cpu().numpy(), classes=np.array(opt.classes)) if opt.conditional else {}
-        np.savez_compressed(folder / "codes.npz", codes=drawn[:, 0].cpu().numpy(), **named)
-    print(f"{opt.generate} images in {folder}")
+    for i, name in enumerate(names):
+        if i % 100 == 0:  # so many are drawn at once
+            say(f"{i} of {opt.generate} images")
+            part = labels[i : i + 100]
+            images = model.images(model.sample(len(part), part))
+        place = folder / name if opt.conditional else folder
+        place.mkdir(exist_ok=True)
+        with replacing(place / f"{i:06}.png") as file:
+            save_image(images[i % 100], file)
+    say(f'{opt.generate} images in "{folder}"')
     return folder
 
 
-# ---------------- the plumbing: the same in every script, to the letter, from "block: processes" to main
+# ================================================================ plumbing: the same in every script
+# From here to main, each script of the collection has the same text, so that each stands alone.
+# ---------------------------------------------------------------- options
 
 
-# --- block: processes
-# A process of torchrun has its rows of a batch, noise, dropout and batch norm; the first writes.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+class InputError(OSError):
+    """Something that the user can put right. As any OSError, it is told in one line, without a traceback."""
 
 
-def find_device(opt: Namespace) -> torch.device:
-    """The device of the options, tried. Raises OSError if it does not work."""
-    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    try:
-        device = torch.device(best if opt.device == "auto" else opt.device)
-        if WORLD > 1 and device.type != "cpu":
-            torch.get_device_module(device).set_device(int(os.environ["LOCAL_RANK"]))
-        torch.zeros(8_000_000, device=device)[0].item()  # 32 MB, freed: glibc then keeps 64 MB of a step
-        if opt.amp:
-            torch.autocast(device.type, torch.bfloat16)
-    except (RuntimeError, AssertionError, ImportError) as e:
-        raise OSError(f"--device {opt.device}{' --amp' * opt.amp}: not on this machine; try --device auto") from e
-    return device
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the description as it is written, and the default of each option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
-def mean_gradients(model: nn.Module) -> None:
-    """Average gradients over processes, as losses are means."""
-    for grad in [p.grad for p in model.parameters() if p.grad is not None] if WORLD > 1 else ():
-        dist.all_reduce(grad)
-        grad.div_(WORLD)
+def number(kind: type, low: float, below: float = 1e18) -> Callable[[str], float]:
+    """An argparse type: a number of that kind, at least `low` and less than `below`."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not low <= value < below:  # so nan is refused, too
+            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to below {below:g}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
+    return parse
 
 
-def seed(*position: int | str) -> None:
-    """Seed torch; random numbers of two positions have nothing in common."""
-    rng = torch if torch.accelerator.is_available() else torch.default_generator  # torch.manual_seed: 0.3 ms
-    rng.manual_seed(random.Random(repr(position)).getrandbits(64))
+natural = number(int, 0)
+count = number(int, 1)
+positive = number(float, 1e-9)
+fraction = number(float, 0, 1)
+ON_OFF = argparse.BooleanOptionalAction
+
+# What may change when a run is resumed, in addition to USES. A data set may have moved: Run.restore
+# compares the number of its images and its classes.
+MAY_CHANGE = {"n_epochs", "sample_interval", "dataset", "data_dir", "n_cpu", "device", "amp", "resume"}
 
 
-# --- block: options
-def number(kind: type, low: float = 0, below: float = 2**31) -> Callable:
-    """An argparse type: an int or float that is at least `low` and less than `below`."""
-
-    def number(text: str) -> float:
-        if low <= kind(text) < below:  # nan is not
-            return kind(text)
-        raise argparse.ArgumentTypeError(f"{text} is not from {low} to below {below}")
-
-    return number
-
-
-def finish_options(p: ArgumentParser, argv: list[str] | None, acts: list[str], free: list[str]) -> Namespace:
-    """Parse argv; with --resume the run's options are the defaults, and only `free` and `acts` on it may change."""
+def parse_and_check(p: ArgumentParser, argv: list[str] | None) -> Namespace:
+    """Parse argv. With --resume, the run's options are the defaults, and few of them may change."""
     opt = p.parse_args(argv)
-    acting = any(getattr(opt, name) is not None for name in acts)
-    if acting and (opt.resume is None or WORLD > 1):
-        p.error(f"--{', --'.join(acts)}: only with --resume RUN, without torchrun")
-    saved = read_checkpoint(opt.resume)["options"] if opt.resume is not None else {}
-    p.set_defaults(**saved)  # for what argv leaves out
-    opt = p.parse_args(argv)
-    free = {"resume", "n_epochs", "sample_interval", "n_cpu", "data_dir", "device", "amp", "compile", *acts, *free}
-    for name in saved.keys() - free - {"seed" if acting else ""}:
-        if getattr(opt, name) != saved[name]:
-            p.error(f"--{name} {getattr(opt, name)}: the run has {saved[name]}; start a new one")
+    uses = sorted(name for name in USES if getattr(opt, name) is not None)
+    if uses and opt.resume is None:
+        p.error(f"--{uses[0]} needs --resume RUN, the run to use")
+    if uses and WORLD > 1:
+        p.error(f"--{uses[0]} runs in one process, without torchrun")
+    if opt.resume is not None:
+        saved = read_checkpoint(opt.resume)["options"]
+        p.set_defaults(**saved)  # for what argv leaves out; and the classes
+        opt = p.parse_args(argv)
+        for name, value in vars(opt).items():
+            may_change = name in MAY_CHANGE | USES or (uses and name == "seed")
+            if value != saved.get(name, value) and not may_change:
+                p.error(f"--{name} {value}: this run has {saved[name]}; start a new one")
     return opt
 
 
-# --- block: data
-def draw_digits(root: str = "", train: bool = True, download: bool = False) -> Namespace:
-    """Digits turned, shifted, scaled and sheared at random: .data (n, 28, 28), uint8, and .targets (n,)."""
-    n, font = 10_000 if train else 2_000, ImageFont.load_default(26)
-    affine = v2.RandomAffine(15, (0.05, 0.05), (0.85, 1.15), 10, v2.InterpolationMode.BILINEAR)
-    images = torch.empty(n, 28, 28, dtype=torch.uint8)
+# ---------------------------------------------------------------- devices and processes
+
+# Under torchrun each process trains on its share of every batch, with its own noise and batch-norm
+# statistics; gradients are averaged. Only the first process writes files and reports.
+WORLD = int(os.environ.get("WORLD_SIZE") or 1)  # the number of processes
+RANK = int(os.environ.get("RANK") or 0) if WORLD > 1 else 0  # this one's number
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name, tried, or the best one if it is "auto". Raises InputError."""
+    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    try:
+        device = torch.device(best if name == "auto" else name)
+        if WORLD > 1 and device.type != "cpu":
+            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+            device = torch.device(device.type)  # the one of that index
+        # 32 MB: once freed, glibc keeps as much memory from step to step, which makes steps faster.
+        torch.zeros(8_000_000, device=device)[0].item()
+    except (RuntimeError, AssertionError, ImportError) as e:
+        raise InputError(f"--device {name} does not work here ({e}); --device cpu does") from e
+    return device
+
+
+def average_gradients(model: nn.Module) -> None:
+    """Average the gradients over the processes of torchrun."""
+    if WORLD > 1:
+        for p in model.parameters():
+            if p.grad is not None:
+                dist.all_reduce(p.grad)
+                p.grad /= WORLD
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Move the averaged weights towards the model's.
+
+    At the first steps they move faster, so that the untrained weights do not stay in the average.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    for a, b in zip(average.state_dict().values(), model.state_dict().values()):
+        if a.is_floating_point():  # not batch norm's counter
+            a.lerp_(b, 1 - decay)
+
+
+def seed(*key: int | str) -> None:
+    """Seed torch from a key such as (seed, "step", 17), so that any step can be repeated by itself.
+
+    A resumed run therefore needs no saved random state.
+    """
+    torch.manual_seed(random.Random(repr(key)).getrandbits(64))
+
+
+def say(text: str) -> None:
+    """Print, in the first process. A print that fails does not stop the training."""
+    if RANK == 0:
+        with suppress(OSError, ValueError):  # a closed pipe; a terminal that cannot encode the text
+            print(text, flush=True)
+
+
+# ---------------------------------------------------------------- data
+
+TORCHVISION = {  # its class for each data set, and the folder that it creates
+    "mnist": (datasets.MNIST, "MNIST"),
+    "fashion_mnist": (datasets.FashionMNIST, "FashionMNIST"),
+    "cifar10": (datasets.CIFAR10, "cifar-10-batches-py"),
+}
+NAMED = ["digits", *TORCHVISION]
+
+
+def load_data(opt: Namespace, train: bool = True) -> tuple[Tensor, Tensor, list[str]]:
+    """Images, uint8 (N, channels, img_size, img_size), labels (N,) and the names of the classes.
+
+    A named data set has training and test images; of a folder, these are all images. Sets opt.dataset if
+    it is None. Raises InputError if there is no such data, or if it is damaged.
+    """
+    if opt.dataset is None:
+        opt.dataset = "mnist"
+        try:
+            download("mnist", opt.data_dir)
+        except InputError as e:
+            say(f"warning: {e}; using --dataset digits, which is built in")
+            opt.dataset = "digits"
+    if opt.dataset == "digits":
+        images, labels, classes = draw_digits(10_000 if train else 2000)
+    elif opt.dataset in TORCHVISION:
+        images, labels, classes = load_torchvision(opt.dataset, opt.data_dir, train)
+    else:
+        images, labels, classes = load_folder(opt)
+    if opt.channels not in (None, images.shape[1]):
+        images = v2.functional.rgb_to_grayscale(images, opt.channels)  # or grey in three channels
+    counts = Counter(labels.tolist())
+    per_class = ", ".join(f"{name}: {counts[k]}" for k, name in enumerate(classes))
+    say(f"{opt.dataset}: {len(images)} images ({shorten(per_class, 200)})")
+    return v2.functional.resize(images, [opt.img_size, opt.img_size]), labels, classes
+
+
+def load_torchvision(name: str, data_dir: str, train: bool) -> tuple[Tensor, Tensor, list[str]]:
+    download(name, data_dir)
+    dataset, folder = TORCHVISION[name]
+    try:
+        data = dataset(data_dir, train)
+    except Exception as e:  # torchvision raises many kinds
+        place = Path(data_dir, folder)
+        raise InputError(f'"{place}" is damaged or incomplete ({e}): remove it and start again') from e
+    images = torch.as_tensor(data.data)
+    images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    # MNIST's are called "0 - zero"; and they become names of folders.
+    classes = [name.split(" - ")[0].replace("/", " or ") for name in data.classes]
+    return images, torch.as_tensor(data.targets), classes
+
+
+def download(name: str, data_dir: str) -> None:
+    """Download a data set unless it is there. Raises InputError if that fails.
+
+    It is put in place in one go, so that no other process ever finds half of it.
+    """
+    dataset, folder = TORCHVISION[name]
+    place = Path(data_dir, folder)
+    reason = ""
+    if RANK == 0 and not place.exists():
+        timeout = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(20)  # seconds; a dead network should not block for ever
+        try:
+            Path(data_dir).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix="download-", dir=data_dir) as new:
+                dataset(new, download=True)
+                Path(new, folder).rename(place)
+        except Exception as e:  # torchvision raises many kinds
+            reason = shorten(str(e), 300)
+        finally:
+            socket.setdefaulttimeout(timeout)
+    if WORLD > 1:
+        dist.barrier()
+    if not place.exists():
+        raise InputError(f'{name} is not in "{data_dir}" and cannot be downloaded ({reason})')
+
+
+SPLITS = {"train", "test", "val", "valid", "validation"}
+
+
+def load_folder(opt: Namespace) -> tuple[Tensor, Tensor, list[str]]:
+    """The images of a folder, decoded once. A sub-folder is a class; without any, there is one class."""
+    root = Path(opt.dataset)
+    if not opt.dataset or not root.is_dir():
+        raise InputError(f"--dataset {opt.dataset}: neither a folder nor one of {', '.join(NAMED)}")
+    files, others = [], Counter()
+    for file in find_files(root):
+        if file.suffix.lower() in datasets.folder.IMG_EXTENSIONS:
+            files.append(file)
+        else:
+            others[file.suffix or file.name] += 1
+    if others:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in others.items())
+        say(f"warning: {root}: not read as images: {shorten(kinds, 200)}")
+    if not files:
+        raise InputError(f"--dataset {root}: no images there")
+    n_loose = sum(file.parent == root for file in files)
+    if 0 < n_loose < len(files):
+        raise InputError(f"--dataset {root}: {n_loose} images beside its sub-folders, which are the classes")
+    names = ["all" if n_loose else file.relative_to(root).parts[0] for file in files]
+    classes = sorted(set(names))
+    if not n_loose and SPLITS.issuperset(name.lower() for name in classes):
+        raise InputError(f"--dataset {root} holds {', '.join(classes)}, not classes: give one of them")
+
+    channels = opt.channels or 3
+    images = torch.empty(len(files), channels, opt.img_size, opt.img_size, dtype=torch.uint8)
+    damaged = []
+
+    def read(i: int) -> None:
+        try:
+            images[i] = read_image(files[i], opt.img_size, channels)
+        except Exception as e:  # Pillow raises many kinds
+            damaged.append(f"{files[i]} ({e})")
+
+    with ThreadPoolExecutor(opt.n_cpu) as pool:  # Pillow decodes in parallel
+        list(pool.map(read, range(len(files))))
+    if damaged:
+        text = shorten(", ".join(sorted(damaged)), 2000)
+        raise InputError(f"repair or remove what cannot be read: {text}")
+    return images, torch.tensor([classes.index(name) for name in names]), classes
+
+
+def find_files(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """The files in a folder and below, sorted. Skips hidden ones, and links back to a folder above."""
+    above |= {folder.resolve()}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if not path.is_dir():
+            yield path
+        elif path.resolve() not in above:
+            yield from find_files(path, above)
+
+
+def read_image(file: Path, img_size: int, channels: int) -> Tensor:
+    """An image, upright and cut to a square about its centre: uint8 (channels, img_size, img_size)."""
+    with Image.open(file) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith(("I", "F")):
+            raise ValueError("more than 8 bits per channel: convert it")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = ImageOps.fit(image.convert("RGB"), (img_size, img_size))
+        return v2.functional.pil_to_tensor(image.convert("L") if channels == 1 else image)
+
+
+def draw_digits(n: int) -> tuple[Tensor, Tensor, list[str]]:
+    """n digits of Pillow's font, rotated, shifted, scaled and sheared at random. n is the seed, too."""
+    font = ImageFont.load_default(26)
+    distort = v2.RandomAffine(15, (0.05, 0.05), (0.85, 1.15), 10, v2.InterpolationMode.BILINEAR)
+    images = []
     torch.manual_seed(n)
     for i in range(n):
         glyph = Image.new("L", (28, 28))
         ImageDraw.Draw(glyph).text((14, 14), str(i % 10), 255, font, anchor="mm")
-        images[i] = v2.functional.pil_to_tensor(affine(glyph))
-    return Namespace(data=images, targets=torch.arange(n) % 10)
+        images.append(v2.functional.pil_to_tensor(distort(glyph)))
+    return torch.stack(images), torch.arange(n) % 10, list("0123456789")
 
 
-DATASETS = dict(mnist=datasets.MNIST, fashion_mnist=datasets.FashionMNIST, cifar10=datasets.CIFAR10, digits=draw_digits)
+def make_loader(images: Tensor, labels: Tensor, batch_size: int) -> DataLoader:
+    """Shuffled batches of images in memory, without what is left over at the end of an epoch."""
+    if batch_size > len(images):
+        raise InputError(f"--batch_size {batch_size} is more than the {len(images)} training images")
+    if batch_size % WORLD or batch_size < 2 * WORLD:
+        raise InputError(f"--batch_size {batch_size}: {WORLD} processes need equal shares, 2 images or more")
+    data = TensorDataset(images, labels)
+    # The sampler yields lists of indices, so that a whole batch is looked up at once.
+    sampler = BatchSampler(RandomSampler(data), batch_size, drop_last=True)
+    return DataLoader(data, sampler=sampler, batch_size=None)
 
 
-def load_data(opt: Namespace, train: bool = True) -> tuple[Tensor, Tensor]:
-    """Images, uint8 (N, channels, img_size, img_size), and labels (N,). Adds to opt what the data decides."""
-    if RANK and not dist.is_initialized():
-        dist.init_process_group()  # waits for the first process, which joins in start() when it has the data
-    if opt.dataset in (None, *DATASETS):
-        name, classes = opt.dataset or "mnist", [str(k) for k in range(10)]
-        socket.setdefaulttimeout(20)  # seconds: a network that swallows packets ends, too
-        try:
-            data = DATASETS[name](opt.data_dir, train=train, download=True)
-        except Exception as e:  # of many kinds
-            text = f"{name} is not in {opt.data_dir}, nor to be downloaded ({' '.join(str(e).split())})"
-            if opt.dataset:
-                raise OSError(f"{text}; --dataset digits is built in") from e
-            print(f"warning: {text}; using --dataset digits", file=sys.stderr)
-            name, data = "digits", draw_digits(train=train)
-        images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
-        images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
-        opt.dataset, opt.channels = name, opt.channels or images.shape[1]
-        if images.shape[1] != opt.channels:
-            images = v2.functional.rgb_to_grayscale(images, opt.channels)  # or grey in three channels
-        images = v2.functional.resize(images, [opt.img_size, opt.img_size])
-    else:
-        if not Path(opt.dataset).is_dir() or Path(opt.dataset, "checkpoint.pt").exists():
-            raise OSError(f"--dataset {opt.dataset}: neither one of {', '.join(DATASETS)} nor a folder of images")
-        data = datasets.ImageFolder(opt.dataset, loader=functools.partial(read_image, opt=opt))
-        opt.channels, classes, labels = opt.channels or 3, data.classes, torch.tensor(data.targets)
-        images = torch.empty(len(data), opt.channels, opt.img_size, opt.img_size, dtype=torch.uint8)
-        workers = min(opt.n_cpu, os.cpu_count(), len(data) // 1000)  # fewer are not worth a process
-        for i, (part, _) in enumerate(DataLoader(data, 64, num_workers=workers)):
-            images[i * 64 : i * 64 + 64] = part
-    if opt.n_classes not in (None, len(classes)) or getattr(opt, "classes", classes) != classes:
-        raise OSError(f"--n_classes {opt.n_classes} {vars(opt).get('classes')}: the data has {len(classes)}, {classes}")
-    opt.n_classes, opt.classes = len(classes), classes
-    return images, labels
+# ---------------------------------------------------------------- runs
+
+CHECKPOINT_SECONDS = 30  # between checkpoints: a stop loses at most so much work
 
 
-def read_image(file: str, opt: Namespace) -> Tensor:
-    """An image, cut to a square about its centre: uint8 (channels, img_size, img_size)."""
+class Run:
+    """A run: its folder, its step and its log. A checkpoint holds step, log and the state of `parts`."""
+
+    def __init__(self, opt: Namespace, loader: DataLoader, **parts):
+        self.opt = opt
+        self.loader = loader
+        self.parts = parts
+        self.last_step = opt.n_epochs * len(loader)
+        self.step = 0
+        self.log = []
+        self.sums = {}  # of the metrics since the last record
+        self.n_steps = 0  # in the sums
+        self.start = time.perf_counter()  # minus the seconds trained before a stop
+        if opt.resume is not None:
+            self.folder = Path(opt.resume)
+            self.restore(read_checkpoint(self.folder))
+        else:
+            self.folder = new_folder(Path(opt.out_dir))
+        self.save()
+        say(
+            f"{opt.n_epochs} epochs of {len(loader)} steps, {self.step} steps done\n"
+            f'to continue after a stop: --resume "{self.folder}"'
+        )
+
+    def restore(self, state: dict) -> None:
+        """Go back to where a checkpoint was written. Raises InputError if the data is not the same."""
+        before = f"{state['n_images']} images of {', '.join(state['options']['classes'])}"
+        now = f"{len(self.loader.dataset)} images of {', '.join(self.opt.classes)}"
+        if now != before:
+            texts = f"{shorten(now, 300)}; the run was started with {shorten(before, 300)}"
+            raise InputError(f"{self.opt.dataset} has {texts}")
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.step = state["step"]
+        self.log = state["log"]
+        self.sums = state["sums"]
+        self.n_steps = state["n_steps"]
+        self.start -= state["seconds"]
+
+    def end_step(self, **metrics: Tensor) -> None:
+        """Count a step, and add up its metrics."""
+        self.step += 1
+        self.n_steps += 1
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach()
+
+    def record(self, **more: float) -> None:
+        """Log and print the means of the metrics since the last record, and the values in `more`."""
+        row = {"step": self.step, "epoch": round(self.step / len(self.loader), 2)}
+        row["seconds"] = round(time.perf_counter() - self.start, 2)
+        row |= {name: float(total) / self.n_steps for name, total in self.sums.items()} | more
+        self.log.append(row)
+        self.sums = {}
+        self.n_steps = 0
+        say("  ".join(f"{name} {value:.6g}" for name, value in row.items()) + f"  {self.time_left()}")
+
+    def time_left(self) -> str:
+        minutes_per_step = (time.perf_counter() - self.start) / self.step / 60
+        return f"{(self.last_step - self.step) * minutes_per_step:.1f} minutes left"
+
+    def save_if_due(self) -> None:
+        """Save if CHECKPOINT_SECONDS have passed, and say how much time is left."""
+        if time.perf_counter() > self.saved + CHECKPOINT_SECONDS:
+            self.save()
+            say(f"step {self.step}  {self.time_left()}")
+
+    def save(self) -> None:
+        """Write checkpoint.pt and log.csv. Raises InputError if the weights are not finite."""
+        self.saved = time.perf_counter()
+        for name, part in self.parts.items():
+            if isinstance(part, nn.Module) and not all(p.isfinite().all() for p in part.parameters()):
+                raise InputError(f"step {self.step}: {name} is not finite; start again with a lower --lr")
+        if RANK > 0:
+            return
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"script": SCRIPT, "n_images": len(self.loader.dataset), "step": self.step, "log": self.log}
+        state |= {"sums": self.sums, "n_steps": self.n_steps, "seconds": self.saved - self.start}
+        state["options"] = json.loads(json.dumps(vars(self.opt), default=str))  # a Path becomes a str
+        buffer = io.BytesIO()  # torch.save would hide that the disk is full
+        torch.save(state, buffer)
+        with replacing(self.folder / "checkpoint.pt") as file:
+            file.write_bytes(buffer.getbuffer())
+        if self.log:
+            with replacing(self.folder / "log.csv") as file, open(file, "w", newline="") as table:
+                writer = csv.DictWriter(table, self.log[-1], extrasaction="ignore")
+                writer.writeheader()
+                writer.writerows(self.log)
+
+    def save_grid(self, name: str, images: Tensor, n_columns: int) -> None:
+        """Save images (N, C, H, W) in [0, 1] as a grid, images/name_step.png."""
+        if RANK == 0:
+            (self.folder / "images").mkdir(exist_ok=True)
+            with replacing(self.folder / "images" / f"{name}_{self.step:08}.png") as file:
+                save_image(images, file, nrow=n_columns)
+
+    def finish(self, *names: str) -> None:
+        """Write the last checkpoint, and animate the grids of each name: at most 100, evenly spread."""
+        self.save()
+        for name in names:
+            paths = sorted(self.folder.glob(f"images/{name}_*.png"))
+            if RANK == 0 and paths:
+                chosen = torch.linspace(0, len(paths) - 1, min(len(paths), 100)).long()
+                first, *rest = [Image.open(paths[i]) for i in chosen]
+                with replacing(self.folder / f"{name}.gif") as file:
+                    first.save(file, save_all=True, append_images=rest, duration=100, loop=0)
+        say(f'done; to train longer: --resume "{self.folder}" --n_epochs N')
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Yields a temporary path, which replaces `file` at the end; if writing fails, `file` stays as it was."""
+    temporary = file.with_name(f".{os.getpid()}-{file.name}")
     try:
-        with Image.open(file) as image:
-            if image.mode[0] in "IF":  # Pillow would make them white
-                raise ValueError("more than 8 bits a channel")
-            image = ImageOps.fit(image.convert("L" if opt.channels == 1 else "RGB"), (opt.img_size, opt.img_size))
-            return v2.functional.pil_to_tensor(image)
-    except Exception as e:  # of many kinds
-        raise OSError(f"{file}: not a good image ({e}); repair or remove it") from e
+        yield temporary
+        temporary.replace(file)
+    except OSError as e:
+        raise OSError(f'"{file}" cannot be written ({e})') from e
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
 
 
-# --- block: run
-CHECKPOINT_SECONDS = 30  # at most so much is trained again after a stop
-
-
-def start(opt: Namespace, loader: DataLoader, **parts) -> Namespace:
-    """A new run, or the one to resume at its checkpoint, which holds `parts`; `done` counts batches."""
-    if len(loader) == 0 or opt.batch_size % WORLD or opt.batch_size < 2 * WORLD:
-        raise OSError(f"--batch_size {opt.batch_size}: above {len(loader.dataset)} images or not for {WORLD} processes")
-    if loader.dataset[0][0].is_floating_point():
-        raise TypeError("images must be uint8, from 0 to 255")
-    if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group()
-    run = Namespace(folder=Path(opt.resume or opt.out_dir), parts=parts, per_epoch=len(loader))
-    state = read_checkpoint(opt.resume) if opt.resume else dict(position=[0, len(loader), {}, [], 0.0])
-    run.done, per_epoch, run.totals, run.rows, seconds = state["position"]
-    if per_epoch != len(loader):
-        raise OSError(f"{opt.dataset} has {len(loader)} batches an epoch now, and had {per_epoch}: start a new run")
-    for name, part in parts.items() if opt.resume else ():
-        part.load_state_dict(state[name])
-    run.folder = run.folder if RANK or opt.resume else new_folder(run.folder, "images")
-    run.began = time.monotonic() - seconds
-    save(run, opt)
-    if RANK == 0:
-        print(f"{opt.dataset}: {len(loader)} batches an epoch, {run.done} done; writing to {run.folder}", flush=True)
-    return run
-
-
-def after_batch(run: Namespace, opt: Namespace, **losses: Tensor) -> None:
-    """Count a batch and add up its losses; now and then report, and write a checkpoint."""
-    before = run.totals if run.done % run.per_epoch else {}  # sums start anew with an epoch
-    run.done, run.totals = run.done + 1, {name: before.get(name, 0) + loss for name, loss in losses.items()}
-    if run.done % run.per_epoch:
-        if run.done % (50 if sys.stdout.isatty() else opt.sample_interval) == 0:
-            report(run, opt)
-        if time.monotonic() > run.saved + CHECKPOINT_SECONDS:
-            save(run, opt)
-
-
-def after_epoch(run: Namespace, opt: Namespace, **more: float) -> None:
-    """Add the epoch's row to log.csv, `more` in it, and write a checkpoint."""
-    run.rows, run.began = [*run.rows, report(run, opt, **more)], time.monotonic()
-    save(run, opt)
-
-
-def report(run: Namespace, opt: Namespace, **more: float) -> dict[str, float]:
-    """Print and return a row of log.csv: the epoch's mean losses so far, and `more`."""
-    n, seconds = (run.done - 1) % run.per_epoch + 1, time.monotonic() - run.began
-    row = dict(epoch=(run.done - n) // run.per_epoch + 1, batches_done=run.done)
-    row |= {name: float(total) / n for name, total in run.totals.items()} | more
-    row |= dict(seconds=round(seconds, 2), images_per_second=round(n * opt.batch_size / seconds))
-    if RANK == 0:
-        text = " ".join(f"{name} {round(value, 4)}" for name, value in row.items())
-        width = max(os.get_terminal_size().columns, 1) - 1 if sys.stdout.isatty() else 0  # over the last report
-        print(f"{text:{width}.{width}}" if width else text, end="\r" if width else "\n", flush=True)
-    return row
-
-
-def save(run: Namespace, opt: Namespace) -> None:
-    """Write checkpoint.pt, in one piece, and log.csv. If this fails, the old checkpoint stays."""
-    run.saved = time.monotonic()
-    if RANK:
-        return
-    weights = [p for part in run.parts.values() if isinstance(part, nn.Module) for p in part.parameters()]
-    if not all(torch.as_tensor(x).isfinite().all() for x in [*weights, *run.totals.values()]):
-        raise FloatingPointError(f"batch {run.done}: a loss or weight is not finite; start anew, with a lower --lr")
-    state = {name: part.state_dict() for name, part in run.parts.items()} | dict(script=SCRIPT, options=vars(opt))
-    state["position"] = [run.done, run.per_epoch, run.totals, run.rows, run.saved - run.began]
-    table = [*run.rows[:1], *(row.values() for row in run.rows)]  # first the keys
-    new = run.folder / "checkpoint.tmp"
+def read_checkpoint(folder: str | Path) -> dict:
+    """The checkpoint of a run. Raises InputError if it is missing, damaged or another script's."""
+    file = Path(folder, "checkpoint.pt")
+    if not file.exists():
+        raise InputError(f'"{folder}" is not the folder of a run: it has no checkpoint.pt')
     try:
-        torch.save(state, new)
-        new.replace(run.folder / "checkpoint.pt")
-        (run.folder / "log.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in table))
-    except (OSError, RuntimeError) as e:  # torch raises the latter for a full disk
-        new.unlink(missing_ok=True)
-        raise OSError(f"{run.folder}: checkpoint.pt cannot be written ({e}); the last one stays") from e
-
-
-def read_checkpoint(run: str | Path) -> dict:
-    """The checkpoint in a run's folder. Raises OSError if it is missing, damaged or another script's."""
-    try:
-        state = torch.load(Path(run, "checkpoint.pt"), map_location="cpu", weights_only=True)
-        if state["script"] != SCRIPT:
-            raise ValueError(f"made by {state['script']}.py")
-    except Exception as e:  # of many kinds
-        raise OSError(f"{run}/checkpoint.pt is not one of {SCRIPT}.py ({' '.join(repr(e).split())})") from e
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        script = state["script"]
+    except Exception as e:  # torch and pickle raise many kinds
+        raise InputError(f'"{file}" cannot be read ({shorten(repr(e), 300)})') from e
+    if script != SCRIPT:
+        raise InputError(f'"{folder}" is a run of {script}.py: use that, not {SCRIPT}.py')
     return state
 
 
-def new_folder(path: Path, inside: str = "") -> Path:
-    """Make path/inside and return path; if path is in use, path-2, path-3, ...: nothing is overwritten."""
-    folder, n = path, 1
-    while any(folder.glob("*")):
-        n += 1
-        folder = path.parent / f"{path.name or 'run'}-{n}"
-    (folder / inside).mkdir(parents=True, exist_ok=not inside)
+def new_folder(path: Path) -> Path:
+    """Make the folder path, or path-2, path-3, ... if it exists: nothing is overwritten.
+
+    Under torchrun the first process makes it, and all return its name.
+    """
+    folder = path
+    n = 1
+    while RANK == 0:
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            if not folder.is_dir():
+                raise
+            n += 1
+            folder = path.parent / f"{path.name or 'run'}-{n}"
+    if WORLD > 1:
+        names = [str(folder)]
+        dist.broadcast_object_list(names)
+        folder = Path(names[0])
     return folder
 
 
-def save_grid(run: Namespace, images: Tensor, columns: int, name: str = "sample") -> None:
-    """Save images (N, C, H, W) in [0, 1] as a grid, named after run.done."""
-    if RANK == 0:
-        new = run.folder / "grid.tmp"
-        utils.save_image(images, new, nrow=columns, format="png")
-        new.replace(run.folder / "images" / f"{name}_{run.done:06}.png")
-
-
-def finish(run: Namespace, **gifs: str) -> None:
-    """Make a GIF of the grids of each name, at most 100, evenly spread, and say how to go on."""
-    for name, file in gifs.items() if RANK == 0 else ():
-        paths = sorted(run.folder.glob(f"images/{name}_*.png"), key=lambda path: (len(path.name), path))
-        frames = [Image.open(path) for path in paths[:: -(len(paths) // 100 + 1)]][::-1]  # ends with the last
-        if frames:
-            frames[0].save(run.folder / file, save_all=True, append_images=frames[1:], duration=100, loop=0)
-            print(f"\n{run.folder / file}; to go on: python {Path(__file__).name} --resume {run.folder}")
-
-
 def main() -> None:
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without UTF-8
     try:
         opt = parse_args()
-        action = generate if opt.generate else train
-        action(opt)
-    except (OSError, FloatingPointError) as e:  # its last line: a worker's traceback stands before it
-        sys.exit(f"{SCRIPT}.py: error: {str(e).splitlines()[-1]}")
+        if opt.generate:
+            generate(opt)
+        else:
+            train(opt)
+    except OSError as e:
+        sys.exit(f"{SCRIPT}.py: error: {' '.join(str(e).split())}")
     except KeyboardInterrupt:
+        say("\nstopped; a run that has begun continues with --resume RUN")
         sys.exit(130)
 
 

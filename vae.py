@@ -1,658 +1,945 @@
-"""Variational autoencoder: images to a few Gaussian numbers and back, in one file.
+"""Variational autoencoder (VAE): turns images into a few Gaussian numbers and back, and draws new images.
 
-An encoder turns an image x into q(z|x) = N(mu, exp(logvar)), a decoder z into p(x|z). Both maximise, in nats an image:
+The encoder turns an image x into a Gaussian q(z|x) = N(mu, exp(logvar)). The decoder turns z into p(x|z), a
+distribution of images. Together they maximise the evidence lower bound (ELBO), in nats per image:
 
-    log p(x) >= ELBO = E_q[log p(x|z)] - KL(q(z|x) || N(0, 1))      and with --beta: E_q[log p(x|z)] - beta KL
+    log p(x)  >=  ELBO  =  E_q[log p(x|z)] - KL(q(z|x) || N(0, 1))
 
-VAE: Kingma & Welling 2013, arXiv:1312.6114 (equation 10). beta: Higgins et al. 2017. Best --sigma: arXiv:2006.13202.
---iw_samples: Burda et al. 2015, arXiv:1509.00519. --conditional: Sohn et al. 2015. --warmup: arXiv:1602.02282. Tested
-and drawn is Polyak's average (--ema 0: the last). z of new images is from a Gaussian fitted to encoded training images
-of each class (arXiv:1903.12436). Frechet distance after 10 epochs of MNIST: 16; with --prior normal, N(0, 1): 97.
+E_q is estimated with one sample of z per image. --beta weighs the KL; with another beta than 1, what is
+maximised is not the ELBO, but the ELBO is what is logged. What log p(x) means depends on the likelihood:
 
-    python vae.py --n_epochs 20   # MNIST, or built-in digits; --dataset FOLDER: yours, in sub-folders
-    python vae.py --resume runs/vae --generate 100
+    gaussian     the log-density of the pixels, as numbers in [0, 1]
+    --binarize   the log-probability of a binary image
+    bernoulli    of grey pixels: neither. log p(x|z) is then minus the cross-entropy of the pixels, taken as
+                 probabilities, and the ELBO bounds E[log p(b)], the mean over the binary images b that one
+                 would draw with them. It compares models with each other, but not with other likelihoods.
+
+New images are decoded from z of a Gaussian that is fitted to encoded training images of each class.
+
+VAE: Kingma & Welling 2013, arXiv:1312.6114, equation 10. Beta: Higgins et al. 2017. Best sigma: Rybkin et
+al. 2020, arXiv:2006.13202. Label for encoder and decoder: Sohn et al. 2015. Fitted prior: Ghosh et al. 2019,
+arXiv:1903.12436. Averaged weights: Yazici et al. 2019, arXiv:1806.04498.
+
+    python vae.py --n_epochs 20                              # MNIST; built-in digits when offline
+    python vae.py --arch vanilla --dataset path/to/folder    # your images; sub-folders are classes
+    python vae.py --resume runs/vae --generate 100 --labels 3 7
+    python vae.py --resume runs/vae --reconstruct path/to/folder
 """
 
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "torchvision", "numpy", "pillow>=10.1"]
+# dependencies = ["torch>=2.6", "torchvision", "pillow>=10.1"]
 # ///
 
 import argparse
 import copy
-import functools
+import csv
+import io
+import itertools
+import json
 import math
 import os
 import random
 import socket
 import sys
+import tempfile
 import time
 from argparse import ArgumentParser, Namespace
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Subset, TensorDataset
-from torchvision import datasets, utils
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from torchvision import datasets
 from torchvision.transforms import v2
+from torchvision.utils import save_image
 
-SCRIPT = "vae"  # in checkpoints, which no other script reads; give your copy a name of its own
-HIDDEN_DIMS = {"vanilla": [32, 64, 128, 256, 512], "conv": [64, 128, 256, 512], "mlp": [400]}
-HIDDEN_DIMS |= dict.fromkeys(["burgess", "residual"], [32, 64, 256])
+SCRIPT = Path(__file__).stem  # a script resumes its own runs only
+USES = {"generate", "labels", "reconstruct"}  # options that use a trained run: they need --resume
 
-# ---------------- options
+# ---------------------------------------------------------------- options
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    """Options from argv (default: the command line). Raises SystemExit for a bad one, OSError for a bad run."""
-    p = ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add, flag = p.add_argument, dict(action=argparse.BooleanOptionalAction, default=False)
-    add("--n_epochs", type=number(int), default=200, help="passes over the images; 0 only sets up")
-    add("--batch_size", type=number(int, 2), default=64, help="images a step, 2 or more")
-    add("--lr", type=number(float, 1e-9), default=1e-3, help="Adam's learning rate, above 0")
-    add("--b1", type=number(float, below=1), default=0.9, help="Adam's decay of the gradient, in [0, 1)")
-    add("--b2", type=number(float, below=1), default=0.999, help="Adam's decay of its square, in [0, 1)")
-    add("--arch", choices=list(HIDDEN_DIMS), default="burgess", help="kind of network")
-    add("--hidden_dims", type=number(int, 1), nargs="+", help="channels or units of each layer; None: by arch")
-    add("--likelihood", choices=["gaussian", "bernoulli"], help="p(x|z) of a pixel; None: bernoulli if grey")
-    add("--sigma", type=number(float, 1e-6), help="gaussian: deviation of a pixel; None: the best one")
-    add("--beta", type=number(float), default=1.0, help="weight of the KL, 0 or more; 1 is the ELBO")
-    add("--warmup", type=number(int), default=0, help="batches while beta grows from 0")
-    add("--prior", choices=["fitted", "normal"], default="fitted", help="where z of new images is from")
-    add("--conditional", **flag, help="encode and decode given the label")
-    add("--ema", type=number(float, below=1), default=0.999, help="decay of the model's average, in [0, 1); 0: off")
-    add("--binarize", **flag, help="bernoulli: draw binary pixels anew each time")
-    add("--iw_samples", type=number(int), default=0, help="samples of the importance-weighted bound; 0: none")
-    add("--latent_dim", type=number(int, 1), default=32, help="size of z")
-    add("--img_size", type=number(int, 1), default=32, help="side of images; conv: 16 n, burgess, residual: 4 n")
-    add("--channels", type=int, choices=[1, 3], help="1: grey, 3: colour; None: as in the data, a folder 3")
-    add("--n_classes", type=number(int, 1), help="number of classes; None: the data's")
-    add("--sample_interval", type=number(int, 1), default=400, help="batches between sample grids")
-    add("--n_cpu", type=number(int), default=8, help="processes to decode a folder, at most")
-    add("--dataset", help="mnist, fashion_mnist, cifar10, digits or a folder; None: mnist, or else digits")
-    add("--data_dir", default="data", help="where data sets are or come to")
-    add("--out_dir", default=f"runs/{SCRIPT}", help="the run's folder; in use: a number is added")
-    add("--seed", type=number(int), default=0, help="same seed: same images, on a CPU with as many threads")
-    add("--device", default="auto", help="cpu, cuda:1, mps ...; auto: the accelerator or cpu")
-    add("--amp", **flag, help="forward passes in bfloat16")
-    add("--compile", **flag, help="torch.compile")
-    add("--resume", metavar="RUN", help="go on with the run in this folder")
-    add("--generate", type=number(int, 1), metavar="N", help="with --resume: write N images")
-    add("--labels", type=number(int), nargs="+", metavar="Y", help="with --generate: the classes; None: all")
-    add("--reconstruct", metavar="FOLDER", help="with --resume: write its images beside their reconstructions")
-    opt = finish_options(p, argv, acts=["generate", "reconstruct"], free=["labels", "iw_samples"])
-    opt.hidden_dims = opt.hidden_dims or HIDDEN_DIMS[opt.arch]
-    halvings = {"vanilla": 0, "conv": len(opt.hidden_dims), "mlp": 0}.get(opt.arch, len(opt.hidden_dims) - 1)
-    if opt.img_size % 2**halvings:
-        p.error(f"--img_size {opt.img_size}: --arch {opt.arch} needs a multiple of {2**halvings}")
-    if opt.arch in ("burgess", "residual") and not halvings:
-        p.error(f"--hidden_dims: --arch {opt.arch} needs channels, then units")
-    opt.likelihood = opt.likelihood or ("bernoulli" if opt.binarize else "gaussian" if opt.sigma else None)
-    if opt.sigma if opt.likelihood == "bernoulli" else opt.binarize:
-        p.error("--sigma goes with --likelihood gaussian, --binarize with bernoulli")
-    if opt.labels and not (opt.generate and (opt.conditional or opt.prior == "fitted")):
-        p.error("--labels goes with --generate and, with --prior normal, --conditional")
-    if opt.labels and max(opt.labels) >= opt.n_classes:
-        p.error(f"--labels {max(opt.labels)}: the classes are 0 to {opt.n_classes - 1}")
+    """Parse argv (default: the command line).
+
+    Raises SystemExit for a bad option, and InputError if --resume names no run of this script.
+    """
+    p = ArgumentParser(usage="%(prog)s [options]", description=__doc__, formatter_class=Help)
+    add = p.add_argument_group("model").add_argument
+    add("--arch", choices=["burgess", "mlp", "vanilla"], default="burgess",
+        help="convolutional: burgess or, with five levels, vanilla; fully connected: mlp")  # fmt: skip
+    add("--conditional", action=ON_OFF, default=False, help="encoder and decoder are given the label")
+    add("--likelihood", choices=["bernoulli", "gaussian"],
+        help="p(x|z) of a pixel; if not given: bernoulli for grey images, gaussian for colour")  # fmt: skip
+    add("--sigma", type=positive,
+        help="gaussian: standard deviation of a pixel; if not given: the likeliest")  # fmt: skip
+    add("--binarize", action=ON_OFF, default=False,
+        help="bernoulli: binary images, drawn anew each time with the pixels as probabilities")  # fmt: skip
+    add("--beta", type=number(float, 0), default=1.0, help="weight of the KL; 1: the ELBO")
+    add("--prior", choices=["fitted", "normal"], default="fitted",
+        help="z of new images: from a Gaussian fitted to each class, or from N(0, 1)")  # fmt: skip
+    add("--latent_dim", type=count, default=32, help="size of z")
+    add("--ema", type=fraction, default=0.999, help="decay rate of the averaged weights; 0: off")
+    add = p.add_argument_group("training").add_argument
+    add("--n_epochs", type=count, default=200, help="epochs in total, those before a resume included")
+    add("--batch_size", type=number(int, 2), default=64, help="images per step")
+    add("--lr", type=positive, default=1e-3, help="Adam: learning rate")
+    add("--b1", type=fraction, default=0.9, help="Adam: decay rate of the first moment")
+    add("--b2", type=fraction, default=0.999, help="Adam: decay rate of the second moment")
+    add("--seed", type=natural, default=0, help="random seed; with --generate, another one draws others")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
+    add("--amp", action=ON_OFF, default=False, help="forward passes in bfloat16; slower on some CPUs")
+    add = p.add_argument_group("data").add_argument
+    add("--dataset", help="mnist (if not given), fashion_mnist, cifar10, digits or a folder of images")
+    add("--data_dir", default="data", help="folder for downloaded data sets")
+    add("--img_size", type=count, default=32,
+        help="side of the images in pixels; burgess: a multiple of 4")  # fmt: skip
+    add("--channels", type=int, choices=[1, 3], help="1: grey, 3: colour (default: the data's; a folder: 3)")
+    add("--n_cpu", type=count, default=8, help="threads that read the images of a folder")
+    add = p.add_argument_group("run").add_argument
+    add("--out_dir", default=f"runs/{SCRIPT}", help="folder of a new run; if it exists, a number is added")
+    add("--sample_interval", type=count, default=1000, help="steps between tests, grids and log rows")
+    add("--resume", metavar="RUN", help="continue the run in this folder, with its options")
+    add("--generate", type=count, metavar="N", help="with --resume: write N images instead of training")
+    add("--labels", nargs="+", metavar="CLASS", help="with --generate: only of these classes")
+    add("--reconstruct", metavar="FOLDER",
+        help="with --resume: write the images of a folder beside their reconstructions")  # fmt: skip
+    opt = parse_and_check(p, argv)
+    if opt.arch == "burgess" and opt.img_size % 4:
+        p.error(f"--img_size {opt.img_size}: --arch burgess needs a multiple of 4")
+    if opt.sigma is not None and opt.likelihood != "gaussian":
+        p.error("--sigma needs --likelihood gaussian")
+    if opt.binarize and opt.likelihood != "bernoulli":
+        p.error("--binarize needs --likelihood bernoulli")
+    if opt.labels and not opt.generate:
+        p.error("--labels needs --generate N")
+    for name in opt.labels or []:
+        if name not in opt.classes:
+            p.error(f"--labels {name}: the classes are {shorten(', '.join(opt.classes), 400)}")
     return opt
 
 
-# ---------------- network
+# ---------------------------------------------------------------- networks
+
+
+def down(n_in: int, n_out: int) -> nn.Sequential:
+    """A level of the encoder with --arch vanilla: halves the side of the images, rounded up."""
+    return nn.Sequential(nn.Conv2d(n_in, n_out, 3, 2, 1), nn.BatchNorm2d(n_out), nn.LeakyReLU())
+
+
+def up(n_in: int, n_out: int) -> nn.Sequential:
+    """A level of the decoder with --arch vanilla: doubles the side of the images."""
+    return nn.Sequential(nn.ConvTranspose2d(n_in, n_out, 3, 2, 1, 1), nn.BatchNorm2d(n_out), nn.LeakyReLU())
 
 
 class VAE(nn.Module):
-    """Images (N, channels, size, size) in [0, 1] <-> z (N, latent); conditional: given labels (N,)."""
+    """Images x (N, channels, img_size, img_size) in [0, 1] to z (N, latent_dim), and back.
 
-    def __init__(self, arch: str, dims: list, latent: int, size: int, channels: int, n_classes: int, conditional: bool):
+    With `conditional`, encoder and decoder see the labels (N,), too. Without, labels may be None.
+    """
+
+    def __init__(
+        self, arch: str, img_size: int, channels: int, latent_dim: int, n_classes: int, conditional: bool
+    ):
         super().__init__()
-        self.latent_dim, self.conditional = latent, conditional
-        layers = {"vanilla": vanilla_layers, "conv": conv_layers, "mlp": mlp_layers, "burgess": burgess_layers}
-        layers["residual"] = functools.partial(burgess_layers, block=Residual)
-        encoder, n_features, decoder = layers[arch](dims, size, channels + conditional, channels)  # label: a channel
+        self.conditional = conditional
+        n_in = channels + 1 if conditional else channels  # the label's embedding is a channel
+        if arch == "mlp":  # Kingma & Welling, appendix C, with ReLU
+            n_features = 400
+            self.encoder = nn.Sequential(
+                nn.Flatten(),
+                nn.Linear(n_in * img_size**2, 400), nn.ReLU(),
+            )  # fmt: skip
+            self.decoder = nn.Sequential(
+                nn.ReLU(), nn.Linear(400, channels * img_size**2),
+                nn.Unflatten(1, (channels, img_size, img_size)),
+            )  # fmt: skip
+        elif arch == "vanilla":  # as in PyTorch-VAE
+            side = math.ceil(img_size / 32)
+            n_features = 512 * side**2
+            self.encoder = nn.Sequential(
+                down(n_in, 32), down(32, 64), down(64, 128), down(128, 256), down(256, 512),
+                nn.Flatten(),
+            )  # fmt: skip
+            self.decoder = nn.Sequential(
+                nn.Unflatten(1, (512, side, side)),
+                up(512, 256), up(256, 128), up(128, 64), up(64, 32), up(32, 32),
+                nn.Conv2d(32, channels, 3, 1, 1),
+                v2.CenterCrop(img_size),  # the levels end with 32 * side pixels
+            )  # fmt: skip
+        else:  # Burgess et al. 2018, arXiv:1804.03599, with fewer levels and with SiLU
+            side = img_size // 4
+            n_features = 256
+            self.encoder = nn.Sequential(
+                nn.Conv2d(n_in, 32, 4, 2, 1), nn.SiLU(),
+                nn.Conv2d(32, 64, 4, 2, 1), nn.SiLU(),
+                nn.Flatten(),
+                nn.Linear(64 * side**2, 256), nn.SiLU(),
+            )  # fmt: skip
+            self.decoder = nn.Sequential(
+                nn.SiLU(), nn.Linear(256, 64 * side**2), nn.SiLU(),
+                nn.Unflatten(1, (64, side, side)),
+                nn.ConvTranspose2d(64, 32, 4, 2, 1), nn.SiLU(),
+                nn.ConvTranspose2d(32, channels, 4, 2, 1),
+            )  # fmt: skip
+        self.mu = nn.Linear(n_features, latent_dim)
+        self.logvar = nn.Linear(n_features, latent_dim)
+        self.decode_z = nn.Linear(latent_dim, n_features)
         if conditional:
-            self.embed = nn.Sequential(nn.Embedding(n_classes, size**2), nn.Unflatten(1, (1, size, size)))
+            self.encode_label = nn.Embedding(n_classes, img_size**2)
             self.decode_label = nn.Embedding(n_classes, n_features)
-        self.encoder = nn.Sequential(*encoder)
-        self.mu, self.logvar = nn.Linear(n_features, latent), nn.Linear(n_features, latent)
-        self.decode_z, self.decoder = nn.Linear(latent, n_features), nn.Sequential(*decoder)
-        self.register_buffer("variance", torch.ones(()))  # of a pixel
-        self.register_buffer("z_mean", torch.zeros(n_classes, latent))  # of z in a class
-        self.register_buffer("z_scale", torch.eye(latent).repeat(n_classes, 1, 1))  # root of its covariance
+        self.register_buffer("variance", torch.ones(()))  # sigma^2 of a pixel, for the gaussian likelihood
 
-    def encode(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of q(z|x), each (N, latent)."""
-        h = self.encoder(torch.cat([x, self.embed(labels)], 1) if self.conditional else x)
+    def encode(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of q(z|x), each (N, latent_dim)."""
+        if self.conditional:
+            label_channel = self.encode_label(labels).view(-1, 1, *x.shape[2:])
+            x = torch.cat([x, label_channel], dim=1)
+        h = self.encoder(x)
         return self.mu(h), self.logvar(h)
 
-    def reparameterize(self, mu: Tensor, logvar: Tensor) -> Tensor:
-        """A sample of q(z|x) that gradients pass through."""
-        return mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
+    def decoder_input(self, z: Tensor, labels: Tensor) -> Tensor:
+        """z and the embedding of the label as the decoder gets them (N, n_features): linear in both."""
+        if self.conditional:
+            return self.decode_z(z) + self.decode_label(labels)
+        return self.decode_z(z)
 
-    def decode(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits (N, channels, size, size): their sigmoid is the mean of p(x|z)."""
-        return self.decoder(self.decode_z(z) + (self.decode_label(labels) if self.conditional else 0))
+    def decode(self, z: Tensor, labels: Tensor) -> Tensor:
+        """Logits (N, channels, img_size, img_size): their sigmoid is the mean of p(x|z)."""
+        return self.decoder(self.decoder_input(z, labels))
 
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of the reconstruction from one sample of q(z|x), then mu and logvar."""
+    def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The logits decoded from one sample of q(z|x), and its mu and logvar."""
         mu, logvar = self.encode(x, labels)
-        return self.decode(self.reparameterize(mu, logvar), labels), mu, logvar
+        z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)  # gradients pass to mu and logvar
+        return self.decode(z, labels), mu, logvar
+
+    def reconstruct(self, x: Tensor, labels: Tensor) -> Tensor:
+        """The images in [0, 1] decoded from the mean of q(z|x)."""
+        mu, _ = self.encode(x, labels)
+        return self.decode(mu, labels).sigmoid()
+
+
+class Prior(nn.Module):
+    """The Gaussian of each class from which z of new images is drawn; N(0, 1) before it is fitted."""
+
+    def __init__(self, n_classes: int, latent_dim: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(n_classes, latent_dim))
+        self.register_buffer("scale", torch.eye(latent_dim).repeat(n_classes, 1, 1))
+
+    def fit(self, model: VAE, images: Tensor, labels: Tensor, binarize: bool) -> None:
+        """Take the mean and covariance of z over all q(z|x), for up to 1,000 images x of each class.
+
+        The covariance is that of mu plus the mean of exp(logvar) (law of total covariance).
+        """
+        for k in labels.unique():
+            x = to_x(images[labels == k][:1000], binarize)
+            mu, logvar = model.encode(x, labels[labels == k][:1000])
+            self.mean[k] = mu.mean(dim=0)
+            deviations = (mu - self.mean[k]) / len(mu) ** 0.5
+            variance = logvar.exp().mean(dim=0)
+            # rows.T @ rows is the covariance. So is R.T @ R, and R is square: R.T turns noise into z.
+            rows = torch.cat([deviations, variance.sqrt().diag()])
+            self.scale[k] = torch.linalg.qr(rows.cpu(), mode="r").R.T
 
     def sample(self, noise: Tensor, labels: Tensor) -> Tensor:
-        """New images, in [0, 1], of labels (N,) from standard normal noise (N, latent)."""
-        z = self.z_mean[labels] + (self.z_scale[labels] @ noise[..., None])[..., 0]
-        return self.decode(z, labels).sigmoid()
-
-    def reconstruct(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Images x again, in [0, 1], from the mean of q(z|x)."""
-        return self.decode(self.encode(x, labels)[0], labels).sigmoid()
+        """Standard normal noise (N, latent_dim) and labels (N,) -> z (N, latent_dim)."""
+        return self.mean[labels] + torch.einsum("nij,nj->ni", self.scale[labels], noise)
 
 
-def vanilla_layers(dims: list, size: int, n_in: int, n_out: int) -> tuple:
-    """Encoder layers, number of features, decoder layers. 3x3 convolutions halve the side, rounded up, and back."""
-    sides = [-(-size // 2**n) for n in range(len(dims) + 1)]
-    encoder, decoder = [], [nn.Unflatten(1, (dims[-1], sides[-1], sides[-1]))]
-    for a, b in zip([n_in, *dims], dims):
-        encoder += [nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.LeakyReLU()]
-    for a, b, side in zip(dims[::-1], [*dims[-2::-1], dims[0]], sides[-2::-1]):
-        decoder += [nn.ConvTranspose2d(a, b, 3, 2, 1, 1 - side % 2), nn.BatchNorm2d(b), nn.LeakyReLU()]
-    return [*encoder, nn.Flatten()], dims[-1] * sides[-1] ** 2, [*decoder, nn.Conv2d(b, n_out, 3, 1, 1)]
-
-
-def conv_layers(dims: list, size: int, n_in: int, n_out: int, bn: type = nn.BatchNorm2d, act: type = nn.ReLU) -> tuple:
-    """The same with 4x4 convolutions, each halving the side; no batch norm after the first."""
-    side = size // 2 ** len(dims)
-    encoder, decoder = [nn.Conv2d(n_in, dims[0], 4, 2, 1), act()], [nn.Unflatten(1, (dims[-1], side, side))]
-    for a, b in zip(dims, dims[1:]):
-        encoder += [nn.Conv2d(a, b, 4, 2, 1), bn(b), act()]
-    for a, b in zip(dims[::-1], dims[-2::-1]):
-        decoder += [nn.ConvTranspose2d(a, b, 4, 2, 1), bn(b), act()]
-    return [*encoder, nn.Flatten()], dims[-1] * side**2, [*decoder, nn.ConvTranspose2d(dims[0], n_out, 4, 2, 1)]
-
-
-def mlp_layers(dims: list, size: int, n_in: int, n_out: int) -> tuple:
-    """The same fully connected, as in the paper (appendix C.1) but with ReLU."""
-    encoder, decoder = [nn.Flatten()], [nn.ReLU()]
-    for a, b in zip([n_in * size**2, *dims], dims):
-        encoder += [nn.Linear(a, b), nn.ReLU()]
-    for a, b in zip(dims[::-1], dims[-2::-1]):
-        decoder += [nn.Linear(a, b), nn.ReLU()]
-    return encoder, dims[-1], [*decoder, nn.Linear(dims[0], n_out * size**2), nn.Unflatten(1, (n_out, size, size))]
-
-
-def burgess_layers(dims: list, size: int, n_in: int, n_out: int, block: type = nn.Identity) -> tuple:
-    """conv_layers with SiLU, no batch norm and a fully connected one (Burgess et al. 2018, arXiv:1804.03599)."""
-    *dims, units = dims
-    encoder, n_features, decoder = conv_layers(dims, size, n_in, n_out, block, nn.SiLU)
-    decoder = [block(units, nn.Linear, ()), nn.SiLU(), nn.Linear(units, n_features), nn.SiLU(), *decoder]
-    return [*encoder, nn.Linear(n_features, units), block(units, nn.Linear, ()), nn.SiLU()], units, decoder
-
-
-class Residual(nn.Sequential):
-    """x + f(x), for x (N, dim, ...) (arXiv:1603.05027)."""
-
-    def __init__(self, dim: int, layer: type = nn.Conv2d, more: tuple = (3, 1, 1)):
-        super().__init__(nn.SiLU(), layer(dim, dim, *more))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
+# ---------------------------------------------------------------- losses and training
 
 
 def log_likelihood(x: Tensor, logits: Tensor, likelihood: str, variance: Tensor) -> Tensor:
-    """log p(x|z) of each image, in nats (N,): a pixel is 1 with probability sigmoid(logit), or normal about that."""
+    """log p(x|z) per image, in nats (N,), with p = sigmoid(logit) for each pixel.
+
+    bernoulli: the pixel is 1 with probability p:  x log p + (1 - x) log(1 - p)
+    gaussian: it is from N(p, variance):  -((x - p)^2 / variance + log(2 pi variance)) / 2
+    """
     if likelihood == "bernoulli":
-        return -nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none").flatten(1).sum(1)
-    squares = (x - logits.sigmoid()).square() / variance
-    return -0.5 * (squares + torch.log(2 * math.pi * variance)).flatten(1).sum(1)
-
-
-def kl_divergence(mu: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mu, exp(logvar)) || N(0, 1)) of each image, in nats (N,) (arXiv:1312.6114, appendix B)."""
-    return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
+        log_px = -nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
+    else:
+        squares = (x - logits.sigmoid()).square()
+        log_px = -0.5 * (squares / variance + torch.log(2 * math.pi * variance))
+    return log_px.flatten(1).sum(dim=1)
 
 
 def best_variance(x: Tensor, logits: Tensor) -> Tensor:
-    """The variance at which a batch is likeliest (arXiv:2006.13202). Detached: the likelihood's slope in it is 0."""
-    return (x - logits.sigmoid()).square().mean().detach().clamp(min=1e-6)
+    """The variance at which images x are likeliest: the mean squared error (Rybkin et al.).
+
+    No gradient passes: at this variance, the slope of the likelihood in it is 0.
+    """
+    return (x - logits.detach().sigmoid()).square().mean().clamp(min=1e-6)
 
 
-def train_step(model: VAE, optimizer: torch.optim.Optimizer, x: Tensor, labels: Tensor, opt: Namespace, i: int) -> dict:
-    """Raise E_q[log p(x|z)] - beta KL, as of batch i, with one z an image; returns ELBO and terms."""
-    logits, mu, logvar = (output.float() for output in model(x, labels))
-    variance = model.variance if opt.sigma or opt.likelihood == "bernoulli" else best_variance(x, logits)
-    log_px = log_likelihood(x, logits, opt.likelihood, variance).mean()
-    kl = kl_divergence(mu, logvar).mean()
-    optimizer.zero_grad()
-    beta = opt.beta * min(1, (i + 1) / (opt.warmup or 1))
-    (beta * kl - log_px).backward()
-    mean_gradients(model)
-    optimizer.step()
-    return dict(elbo=(log_px - kl).detach(), log_px=log_px.detach(), kl=kl.detach())
+def kl_divergence(mu: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(mu, exp(logvar)) || N(0, 1)) per image, in nats (N,) (Kingma & Welling, appendix B)."""
+    return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(dim=1)
 
 
-def average(model_avg: VAE, model: VAE, decay: float, step: int) -> None:
-    """Move model_avg towards the model. Its memory is short at first, to forget the start."""
-    decay = min(decay, (1 + step) / (10 + step)) if decay else 0.0
-    averages, values = model_avg.state_dict(), model.state_dict()  # batch norm's statistics, too
-    names = [n for n, v in values.items() if v.is_floating_point() and n not in ("variance", "z_mean", "z_scale")]
-    torch.optim.swa_utils.get_ema_multi_avg_fn(decay)([averages[n] for n in names], [values[n] for n in names], None)
+def to_x(images: Tensor, binarize: bool) -> Tensor:
+    """uint8 images to [0, 1]; or to 0 and 1, drawn with these as probabilities."""
+    x = images / 255
+    return x.bernoulli() if binarize else x
 
 
-@torch.no_grad()
-def measure(model: VAE, images: Tensor, labels: Tensor, opt: Namespace) -> None:
-    """Fit the variance of a pixel and, in each class, mean and covariance of z to these images."""
-    if opt.likelihood == "gaussian" and not opt.sigma:
-        variances = [best_variance(x, model(x, y)[0]) * len(x) for x, y in batches(images, labels, opt)]
-        model.variance.fill_(sum(variances) / len(images))
-    mu, logvar = map(torch.cat, zip(*(model.encode(x, y) for x, y in batches(images, labels, opt))))
-    for k in labels.unique() if opt.prior == "fitted" else ():
-        m, deviation = mu[labels == k], logvar[labels == k].exp().mean(0).sqrt()
-        root = torch.cat([(m - m.mean(0)) / len(m) ** 0.5, deviation.diag()])  # root^T root is the covariance
-        model.z_mean[k], model.z_scale[k] = m.mean(0), torch.linalg.qr(root.cpu(), mode="r").R.T
-
-
-@torch.no_grad()
-def test(model: VAE, images: Tensor, labels: Tensor, opt: Namespace) -> dict[str, float]:
-    """ELBO of test images and its terms, in nats an image (gaussian: of densities)."""
-    log_px, kl = 0.0, 0.0
-    for x, y in batches(images, labels, opt):
+def test(model: VAE, images: Tensor, labels: Tensor, opt: Namespace) -> float:
+    """The mean ELBO of test images, in nats per image."""
+    total = 0.0
+    for x, y in zip(images.split(500), labels.split(500)):
+        x = to_x(x, opt.binarize)
         logits, mu, logvar = model(x, y)
-        log_px += float(log_likelihood(x, logits, opt.likelihood, model.variance).sum()) / len(images)
-        kl += float(kl_divergence(mu, logvar).sum()) / len(images)
-    return dict(test_elbo=log_px - kl, test_log_px=log_px, test_kl=kl)
+        elbo = log_likelihood(x, logits, opt.likelihood, model.variance) - kl_divergence(mu, logvar)
+        total += float(elbo.sum())
+    return total / len(images)
 
 
-@torch.no_grad()
-def importance_weighted_bound(model: VAE, x: Tensor, labels: Tensor, opt: Namespace) -> Tensor:
-    """log 1/k sum_i p(x|z_i) p(z_i) / q(z_i|x) of each image, in nats (N,) (arXiv:1509.00519, equation 8)."""
-    mu, logvar = model.encode(x, labels)
-    terms = []
-    for _ in range(opt.iw_samples):  # one at a time, to save memory
-        z = model.reparameterize(mu, logvar)
-        log_px = log_likelihood(x, model.decode(z, labels), opt.likelihood, model.variance)
-        log_pz_over_q = 0.5 * ((z - mu).square() / logvar.exp() + logvar - z.square()).sum(1)
-        terms += [log_px + log_pz_over_q]
-    return torch.stack(terms).logsumexp(0) - math.log(opt.iw_samples)
+def interpolate(model: VAE, x: Tensor, labels: Tensor) -> Tensor:
+    """Ten rows of images: column k goes from the reconstruction of x[k] to that of x[k - 1].
+
+    The input of the decoder changes evenly, and with it z and the embedding of the label.
+    """
+    mu, _ = model.encode(x, labels)
+    h = model.decoder_input(mu, labels)
+    rows = [h.lerp(h.roll(1, dims=0), i / 9) for i in range(10)]
+    return model.decoder(torch.cat(rows)).sigmoid()
 
 
-# ---------------- training
+def hold_out(opt: Namespace, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training images and labels, then test images and labels.
+
+    A named data set has its own test images. Otherwise every tenth image is one.
+    """
+    if opt.dataset in NAMED:
+        test_images, test_labels, _ = load_data(opt, train=False)
+        return images, labels, test_images, test_labels
+    is_test = torch.arange(len(images)) % 10 == 0
+    return images[~is_test], labels[~is_test], images[is_test], labels[is_test]
 
 
 def train(opt: Namespace) -> Path:
-    """Train and return the run's folder. Raises OSError for bad data or files, FloatingPointError for a bad loss."""
-    device = find_device(opt)
-    images, labels = (part.to(device) for part in load_data(opt))
-    tests, kept = (images[::10], labels[::10]), [i for i in range(len(images)) if i % 10] or [0]
-    if opt.dataset in DATASETS:
-        tests, kept = tuple(part.to(device) for part in load_data(opt, train=False)), range(len(images))
-    data = Subset(TensorDataset(images, labels), kept)
-    sampler = BatchSampler(RandomSampler(data), opt.batch_size, drop_last=True)
-    loader = DataLoader(data, sampler=sampler, batch_size=None)
-    opt.likelihood = opt.likelihood or {1: "bernoulli", 3: "gaussian"}[opt.channels]
+    """Train, and return the run's folder. Raises InputError, an OSError, for bad data or options."""
+    opt = copy.copy(opt)
+    if WORLD > 1 and not dist.is_initialized():
+        dist.init_process_group()
+    device = find_device(opt.device)
+    # For data of your own, replace this line. Images are uint8 (N, channels, img_size, img_size), labels
+    # (N,) count from 0, classes are their names.
+    images, labels, opt.classes = load_data(opt)
+    images, labels, test_images, test_labels = hold_out(opt, images, labels)
+    if opt.prior == "normal" and not opt.conditional:
+        opt.classes = ["all"]  # such a model cannot tell classes apart
+    n_classes = len(opt.classes)
+    opt.channels = images.shape[1]
+    if opt.likelihood is None:
+        opt.likelihood = "bernoulli" if opt.channels == 1 else "gaussian"
+    # All images lie on the device, as bytes.
+    images = images.to(device)
+    labels = labels.to(device)
+    test_images = test_images.to(device)
+    test_labels = test_labels.to(device)
+    loader = make_loader(images, labels, opt.batch_size)
+
     torch.manual_seed(opt.seed)
-    some = data[torch.randperm(len(data))[:10_000].tolist()]  # for measure
-    model = VAE(opt.arch, opt.hidden_dims, opt.latent_dim, opt.img_size, opt.channels, opt.n_classes, opt.conditional)
-    model.to(device, memory_format=torch.channels_last)  # faster
-    model.variance.fill_((opt.sigma or 1) ** 2)
-    model_avg = copy.deepcopy(model).eval().requires_grad_(False)
-    if opt.amp:
-        model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
-    if opt.compile:
-        model.compile()
+    model = VAE(opt.arch, opt.img_size, opt.channels, opt.latent_dim, n_classes, opt.conditional)
+    model.to(device, memory_format=torch.channels_last)  # faster convolutions
+    model.variance.fill_((opt.sigma or 1.0) ** 2)
+    model_avg = copy.deepcopy(model).eval().requires_grad_(False)  # for tests, grids and load()
+    prior = Prior(n_classes, opt.latent_dim).to(device)
     optimizer = torch.optim.Adam(model.parameters(), opt.lr, (opt.b1, opt.b2), fused=True)
-    noise, classes = torch.randn(100, opt.latent_dim).to(device), torch.arange(100, device=device) % 10 % opt.n_classes
-    shown = next(batches(*(part[torch.linspace(0, len(part) - 1, min(len(part), 10)).long()] for part in tests), opt))
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=opt.amp)
 
-    def pictures() -> None:
-        save_grid(run, model_avg.sample(noise, classes), 10)  # column k: class k
-        save_grid(run, torch.cat([shown[0], model_avg.reconstruct(*shown)]), len(shown[0]), "recon")
+    # A sample grid has ten columns: column k is class k, and if there are fewer classes, they repeat.
+    grid_noise = torch.randn(100, opt.latent_dim).to(device)
+    grid_labels = torch.arange(100, device=device) % 10 % n_classes
+    every = len(test_images) // 10 + 1
+    grid_x = to_x(test_images[::every], opt.binarize)
+    grid_y = test_labels[::every]
 
-    run = start(opt, loader, model=model, model_avg=model_avg, optimizer=optimizer)
-    try:
-        for epoch in range(run.done // len(loader), opt.n_epochs):
-            seed(opt.seed, "epoch", epoch)  # of the order
-            for i, (real, labels) in enumerate(loader, epoch * len(loader)):
-                if i < run.done:  # before the checkpoint
-                    continue
-                if i % opt.sample_interval == 0:
-                    pictures()
-                seed(opt.seed, "batch", i, RANK)  # a resumed run has the same z
-                real, labels = (part[RANK::WORLD].to(device) for part in (real, labels))
-                x, y = next(batches(real, labels, opt, len(real)))
-                losses = train_step(model, optimizer, x, y, opt, i)
-                average(model_avg, model, opt.ema, i)
-                after_batch(run, opt, **losses)
-            measure(model_avg, *some, opt)
-            after_epoch(run, opt, **test(model_avg, *tests, opt))
-        pictures()
-    finally:  # after Ctrl-C, too
-        finish(run, sample="training.gif", recon="recon.gif")
-    if RANK == 0:
-        draw_latent_space(model_avg, *shown, run.folder)
-    if opt.iw_samples and RANK == 0:
-        seed(opt.seed, "bound")
-        bounds = [importance_weighted_bound(model_avg, *part, opt) for part in batches(*tests, opt)]
-        with open(run.folder / "iw_bound.txt", "a") as file:
-            file.write(f"{run.done} batches, {opt.iw_samples} samples: {torch.cat(bounds).mean():.2f} nats\n")
+    run = Run(opt, loader, model=model, model_avg=model_avg, prior=prior, optimizer=optimizer)
+    first_epoch, n_done = divmod(run.step, len(loader))
+    for epoch in range(first_epoch, opt.n_epochs):
+        seed(opt.seed, "epoch", epoch)  # of the order of the images, for a resumed run as before
+        for real, y in itertools.islice(loader, n_done, None):
+            seed(opt.seed, "step", run.step, RANK)  # of the noise, for a resumed run as before
+            x = to_x(real[RANK::WORLD].to(device), opt.binarize)
+            y = y[RANK::WORLD].to(device)
+
+            with autocast:
+                logits, mu, logvar = model(x, y)
+            logits = logits.float()
+            if opt.likelihood == "gaussian" and opt.sigma is None:
+                model.variance.copy_(best_variance(x, logits))  # averaged, too, as the weights are
+            log_px = log_likelihood(x, logits, opt.likelihood, model.variance).mean()
+            kl = kl_divergence(mu.float(), logvar.float()).mean()
+            loss = opt.beta * kl - log_px
+            optimizer.zero_grad()
+            loss.backward()
+            average_gradients(model)
+            optimizer.step()
+
+            update_average(model_avg, model, opt.ema, run.step)
+            run.end_step(elbo=log_px - kl, log_px=log_px, kl=kl)
+            if run.step % opt.sample_interval == 0 or run.step == run.last_step:
+                if opt.prior == "fitted":
+                    prior.fit(model_avg, images, labels, opt.binarize)
+                z = prior.sample(grid_noise, grid_labels)
+                run.save_grid("sample", model_avg.decode(z, grid_labels).sigmoid(), 10)
+                pairs = torch.cat([grid_x, model_avg.reconstruct(grid_x, grid_y)])
+                run.save_grid("recon", pairs, len(grid_x))
+                run.save_grid("interpolation", interpolate(model_avg, grid_x, grid_y), len(grid_x))
+                run.record(test_elbo=test(model_avg, test_images, test_labels, opt))
+            run.save_if_due()
+        n_done = 0
+    run.finish("sample", "recon")
     return run.folder
 
 
-def batches(images: Tensor, labels: Tensor, opt: Namespace, size: int = 500) -> Iterator[tuple[Tensor, Tensor]]:
-    """uint8 images as the model takes them (binary ones drawn anew), and labels."""
-    for x, y in zip(images.split(size), labels.split(size)):
-        yield ((x / 255).bernoulli() if opt.binarize else x / 255), y
+# ---------------------------------------------------------------- load and generate
 
 
-@torch.no_grad()
-def draw_latent_space(model: VAE, x: Tensor, labels: Tensor, folder: Path) -> None:
-    """interpolation.png: lines in latent space between images; of 2 dimensions manifold.png."""
-    mu = model.encode(x, labels)[0]
-    z = torch.lerp(mu[:, None], mu.roll(1, 0)[:, None], torch.linspace(0, 1, 10, device=x.device)[:, None])
-    images = model.decode(z.flatten(0, 1), labels.repeat_interleave(10)).sigmoid()
-    utils.save_image(images, folder / "interpolation.png", nrow=10)
-    if model.latent_dim == 2:  # equal steps of probability (arXiv:1312.6114, figure 4)
-        steps = torch.distributions.Normal(0, 1).icdf((torch.arange(20, device=x.device) + 0.5) / 20)
-        images = model.decode(torch.cartesian_prod(steps, steps), labels[:1].expand(400)).sigmoid()
-        utils.save_image(images, folder / "manifold.png", nrow=20)
+def load(folder: str | Path, device: str | torch.device = "cpu") -> VAE:
+    """The averaged model of a run, in eval mode, with the run's options as `model.options`.
 
+    For images x in [0, 1] and labels, where label k is the class model.options.classes[k]:
 
-def load(run: str | Path, device: str | torch.device = "cpu") -> VAE:
-    """The averaged model of a run's folder, in eval mode, with its `.options`. Raises OSError if it has none."""
-    state = read_checkpoint(run)
+        mu, logvar = model.encode(x, labels)
+        images = model.reconstruct(x, labels)
+        z = model.prior.sample(torch.randn(len(labels), model.options.latent_dim), labels)
+        images = model.decode(z, labels).sigmoid()  # new ones
+
+    Raises InputError if the folder is not that of a run of this script.
+    """
+    state = read_checkpoint(folder)
     o = Namespace(**state["options"])
-    model = VAE(o.arch, o.hidden_dims, o.latent_dim, o.img_size, o.channels, o.n_classes, o.conditional)
+    model = VAE(o.arch, o.img_size, o.channels, o.latent_dim, len(o.classes), o.conditional)
     model.load_state_dict(state["model_avg"])
-    model.options = state["options"]
+    model.prior = Prior(len(o.classes), o.latent_dim)
+    model.prior.load_state_dict(state["prior"])
+    model.options = o
     return model.to(device).eval().requires_grad_(False)
 
 
 def generate(opt: Namespace) -> Path:
-    """Write a folder of opt.generate images, as many of each class; returns it."""
-    device = find_device(opt)
-    model, folder = load(opt.resume, device), new_folder(Path(opt.resume, "generated"))
-    classes, known = sorted(set(opt.labels or range(opt.n_classes))), opt.conditional or opt.prior == "fitted"
+    """Write opt.generate images, spread evenly over the classes, in one sub-folder per class."""
+    device = find_device(opt.device)
+    model = load(opt.resume, device)
+    folder = new_folder(Path(opt.resume, "generated"))
+    names = opt.labels or opt.classes
     torch.manual_seed(opt.seed)
     for i in range(opt.generate):
-        label = torch.tensor([classes[i % len(classes)]], device=device)
-        file = folder / (opt.classes[label] if known else "") / f"{i:06}.png"
-        file.parent.mkdir(exist_ok=True)
-        utils.save_image(model.sample(torch.randn(1, opt.latent_dim, device=device), label), file)
-    print(f"{opt.generate} images in {folder}")
+        name = names[i % len(names)]
+        label = torch.tensor([opt.classes.index(name)], device=device)
+        z = model.prior.sample(torch.randn(1, opt.latent_dim, device=device), label)
+        (folder / name).mkdir(exist_ok=True)
+        with replacing(folder / name / f"{i:06}.png") as file:
+            save_image(model.decode(z, label).sigmoid(), file)
+    say(f'{opt.generate} images in "{folder}"')
     return folder
 
 
 def reconstruct(opt: Namespace) -> Path:
-    """Write each image in opt.reconstruct beside its reconstruction, given its folder's class."""
-    device = find_device(opt)
-    files = sorted(f for f in Path(opt.reconstruct).rglob("*") if f.suffix.lower() in datasets.folder.IMG_EXTENSIONS)
-    if not files or opt.conditional and not {file.parent.name for file in files} <= set(opt.classes):
-        raise OSError(f"--reconstruct {opt.reconstruct}: no images, or in other folders than {opt.classes}")
-    images = torch.stack([read_image(str(file), opt) for file in files]).to(device)
-    labels = torch.tensor([opt.classes.index(file.parent.name) if opt.conditional else 0 for file in files]).to(device)
-    model, folder = load(opt.resume, device), new_folder(Path(opt.resume, "reconstructed"))
-    torch.manual_seed(opt.seed)  # for --binarize
-    for i, (x, y) in enumerate(batches(images, labels, opt, 1)):
-        utils.save_image(torch.cat([x, model.reconstruct(x, y)], 3), folder / f"{i:06}.png")
-    print(f"{len(files)} reconstructions in {folder}")
+    """Write each image of the folder opt.reconstruct beside its reconstruction, in one PNG.
+
+    With --conditional, sub-folders are classes. Raises InputError if one is none of the run's.
+    """
+    device = find_device(opt.device)
+    model = load(opt.resume, device)
+    opt = copy.copy(opt)
+    opt.dataset = opt.reconstruct
+    images, labels, names = load_folder(opt)
+    if opt.conditional and names != opt.classes:
+        raise InputError(f"--reconstruct {opt.reconstruct}: the sub-folders must be {', '.join(opt.classes)}")
+    folder = new_folder(Path(opt.resume, "reconstructed"))
+    for i in range(len(images)):
+        x = images[i : i + 1].to(device) / 255
+        y = labels[i : i + 1].to(device)
+        with replacing(folder / f"{i:06}.png") as file:
+            save_image(torch.cat([x, model.reconstruct(x, y)], dim=3), file)
+    say(f'{len(images)} reconstructions in "{folder}"')
     return folder
 
 
-# ---------------- the plumbing: the same in every script, to the letter, from "block: processes" to main
+# ================================================================ plumbing: the same in every script
+# From here to main, each script of the collection has the same text, so that each stands alone.
+# ---------------------------------------------------------------- options
 
 
-# --- block: processes
-# A process of torchrun has its rows of a batch, noise, dropout and batch norm; the first writes.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+class InputError(OSError):
+    """Something that the user can put right. As any OSError, it is told in one line, without a traceback."""
 
 
-def find_device(opt: Namespace) -> torch.device:
-    """The device of the options, tried. Raises OSError if it does not work."""
-    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    try:
-        device = torch.device(best if opt.device == "auto" else opt.device)
-        if WORLD > 1 and device.type != "cpu":
-            torch.get_device_module(device).set_device(int(os.environ["LOCAL_RANK"]))
-        torch.zeros(8_000_000, device=device)[0].item()  # 32 MB, freed: glibc then keeps 64 MB of a step
-        if opt.amp:
-            torch.autocast(device.type, torch.bfloat16)
-    except (RuntimeError, AssertionError, ImportError) as e:
-        raise OSError(f"--device {opt.device}{' --amp' * opt.amp}: not on this machine; try --device auto") from e
-    return device
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the description as it is written, and the default of each option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
-def mean_gradients(model: nn.Module) -> None:
-    """Average gradients over processes, as losses are means."""
-    for grad in [p.grad for p in model.parameters() if p.grad is not None] if WORLD > 1 else ():
-        dist.all_reduce(grad)
-        grad.div_(WORLD)
+def number(kind: type, low: float, below: float = 1e18) -> Callable[[str], float]:
+    """An argparse type: a number of that kind, at least `low` and less than `below`."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not low <= value < below:  # so nan is refused, too
+            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to below {below:g}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
+    return parse
 
 
-def seed(*position: int | str) -> None:
-    """Seed torch; random numbers of two positions have nothing in common."""
-    rng = torch if torch.accelerator.is_available() else torch.default_generator  # torch.manual_seed: 0.3 ms
-    rng.manual_seed(random.Random(repr(position)).getrandbits(64))
+natural = number(int, 0)
+count = number(int, 1)
+positive = number(float, 1e-9)
+fraction = number(float, 0, 1)
+ON_OFF = argparse.BooleanOptionalAction
+
+# What may change when a run is resumed, in addition to USES. A data set may have moved: Run.restore
+# compares the number of its images and its classes.
+MAY_CHANGE = {"n_epochs", "sample_interval", "dataset", "data_dir", "n_cpu", "device", "amp", "resume"}
 
 
-# --- block: options
-def number(kind: type, low: float = 0, below: float = 2**31) -> Callable:
-    """An argparse type: an int or float that is at least `low` and less than `below`."""
-
-    def number(text: str) -> float:
-        if low <= kind(text) < below:  # nan is not
-            return kind(text)
-        raise argparse.ArgumentTypeError(f"{text} is not from {low} to below {below}")
-
-    return number
-
-
-def finish_options(p: ArgumentParser, argv: list[str] | None, acts: list[str], free: list[str]) -> Namespace:
-    """Parse argv; with --resume the run's options are the defaults, and only `free` and `acts` on it may change."""
+def parse_and_check(p: ArgumentParser, argv: list[str] | None) -> Namespace:
+    """Parse argv. With --resume, the run's options are the defaults, and few of them may change."""
     opt = p.parse_args(argv)
-    acting = any(getattr(opt, name) is not None for name in acts)
-    if acting and (opt.resume is None or WORLD > 1):
-        p.error(f"--{', --'.join(acts)}: only with --resume RUN, without torchrun")
-    saved = read_checkpoint(opt.resume)["options"] if opt.resume is not None else {}
-    p.set_defaults(**saved)  # for what argv leaves out
-    opt = p.parse_args(argv)
-    free = {"resume", "n_epochs", "sample_interval", "n_cpu", "data_dir", "device", "amp", "compile", *acts, *free}
-    for name in saved.keys() - free - {"seed" if acting else ""}:
-        if getattr(opt, name) != saved[name]:
-            p.error(f"--{name} {getattr(opt, name)}: the run has {saved[name]}; start a new one")
+    uses = sorted(name for name in USES if getattr(opt, name) is not None)
+    if uses and opt.resume is None:
+        p.error(f"--{uses[0]} needs --resume RUN, the run to use")
+    if uses and WORLD > 1:
+        p.error(f"--{uses[0]} runs in one process, without torchrun")
+    if opt.resume is not None:
+        saved = read_checkpoint(opt.resume)["options"]
+        p.set_defaults(**saved)  # for what argv leaves out; and the classes
+        opt = p.parse_args(argv)
+        for name, value in vars(opt).items():
+            may_change = name in MAY_CHANGE | USES or (uses and name == "seed")
+            if value != saved.get(name, value) and not may_change:
+                p.error(f"--{name} {value}: this run has {saved[name]}; start a new one")
     return opt
 
 
-# --- block: data
-def draw_digits(root: str = "", train: bool = True, download: bool = False) -> Namespace:
-    """Digits turned, shifted, scaled and sheared at random: .data (n, 28, 28), uint8, and .targets (n,)."""
-    n, font = 10_000 if train else 2_000, ImageFont.load_default(26)
-    affine = v2.RandomAffine(15, (0.05, 0.05), (0.85, 1.15), 10, v2.InterpolationMode.BILINEAR)
-    images = torch.empty(n, 28, 28, dtype=torch.uint8)
+# ---------------------------------------------------------------- devices and processes
+
+# Under torchrun each process trains on its share of every batch, with its own noise and batch-norm
+# statistics; gradients are averaged. Only the first process writes files and reports.
+WORLD = int(os.environ.get("WORLD_SIZE") or 1)  # the number of processes
+RANK = int(os.environ.get("RANK") or 0) if WORLD > 1 else 0  # this one's number
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name, tried, or the best one if it is "auto". Raises InputError."""
+    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    try:
+        device = torch.device(best if name == "auto" else name)
+        if WORLD > 1 and device.type != "cpu":
+            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+            device = torch.device(device.type)  # the one of that index
+        # 32 MB: once freed, glibc keeps as much memory from step to step, which makes steps faster.
+        torch.zeros(8_000_000, device=device)[0].item()
+    except (RuntimeError, AssertionError, ImportError) as e:
+        raise InputError(f"--device {name} does not work here ({e}); --device cpu does") from e
+    return device
+
+
+def average_gradients(model: nn.Module) -> None:
+    """Average the gradients over the processes of torchrun."""
+    if WORLD > 1:
+        for p in model.parameters():
+            if p.grad is not None:
+                dist.all_reduce(p.grad)
+                p.grad /= WORLD
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Move the averaged weights towards the model's.
+
+    At the first steps they move faster, so that the untrained weights do not stay in the average.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    for a, b in zip(average.state_dict().values(), model.state_dict().values()):
+        if a.is_floating_point():  # not batch norm's counter
+            a.lerp_(b, 1 - decay)
+
+
+def seed(*key: int | str) -> None:
+    """Seed torch from a key such as (seed, "step", 17), so that any step can be repeated by itself.
+
+    A resumed run therefore needs no saved random state.
+    """
+    torch.manual_seed(random.Random(repr(key)).getrandbits(64))
+
+
+def say(text: str) -> None:
+    """Print, in the first process. A print that fails does not stop the training."""
+    if RANK == 0:
+        with suppress(OSError, ValueError):  # a closed pipe; a terminal that cannot encode the text
+            print(text, flush=True)
+
+
+# ---------------------------------------------------------------- data
+
+TORCHVISION = {  # its class for each data set, and the folder that it creates
+    "mnist": (datasets.MNIST, "MNIST"),
+    "fashion_mnist": (datasets.FashionMNIST, "FashionMNIST"),
+    "cifar10": (datasets.CIFAR10, "cifar-10-batches-py"),
+}
+NAMED = ["digits", *TORCHVISION]
+
+
+def load_data(opt: Namespace, train: bool = True) -> tuple[Tensor, Tensor, list[str]]:
+    """Images, uint8 (N, channels, img_size, img_size), labels (N,) and the names of the classes.
+
+    A named data set has training and test images; of a folder, these are all images. Sets opt.dataset if
+    it is None. Raises InputError if there is no such data, or if it is damaged.
+    """
+    if opt.dataset is None:
+        opt.dataset = "mnist"
+        try:
+            download("mnist", opt.data_dir)
+        except InputError as e:
+            say(f"warning: {e}; using --dataset digits, which is built in")
+            opt.dataset = "digits"
+    if opt.dataset == "digits":
+        images, labels, classes = draw_digits(10_000 if train else 2000)
+    elif opt.dataset in TORCHVISION:
+        images, labels, classes = load_torchvision(opt.dataset, opt.data_dir, train)
+    else:
+        images, labels, classes = load_folder(opt)
+    if opt.channels not in (None, images.shape[1]):
+        images = v2.functional.rgb_to_grayscale(images, opt.channels)  # or grey in three channels
+    counts = Counter(labels.tolist())
+    per_class = ", ".join(f"{name}: {counts[k]}" for k, name in enumerate(classes))
+    say(f"{opt.dataset}: {len(images)} images ({shorten(per_class, 200)})")
+    return v2.functional.resize(images, [opt.img_size, opt.img_size]), labels, classes
+
+
+def load_torchvision(name: str, data_dir: str, train: bool) -> tuple[Tensor, Tensor, list[str]]:
+    download(name, data_dir)
+    dataset, folder = TORCHVISION[name]
+    try:
+        data = dataset(data_dir, train)
+    except Exception as e:  # torchvision raises many kinds
+        place = Path(data_dir, folder)
+        raise InputError(f'"{place}" is damaged or incomplete ({e}): remove it and start again') from e
+    images = torch.as_tensor(data.data)
+    images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    # MNIST's are called "0 - zero"; and they become names of folders.
+    classes = [name.split(" - ")[0].replace("/", " or ") for name in data.classes]
+    return images, torch.as_tensor(data.targets), classes
+
+
+def download(name: str, data_dir: str) -> None:
+    """Download a data set unless it is there. Raises InputError if that fails.
+
+    It is put in place in one go, so that no other process ever finds half of it.
+    """
+    dataset, folder = TORCHVISION[name]
+    place = Path(data_dir, folder)
+    reason = ""
+    if RANK == 0 and not place.exists():
+        timeout = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(20)  # seconds; a dead network should not block for ever
+        try:
+            Path(data_dir).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix="download-", dir=data_dir) as new:
+                dataset(new, download=True)
+                Path(new, folder).rename(place)
+        except Exception as e:  # torchvision raises many kinds
+            reason = shorten(str(e), 300)
+        finally:
+            socket.setdefaulttimeout(timeout)
+    if WORLD > 1:
+        dist.barrier()
+    if not place.exists():
+        raise InputError(f'{name} is not in "{data_dir}" and cannot be downloaded ({reason})')
+
+
+SPLITS = {"train", "test", "val", "valid", "validation"}
+
+
+def load_folder(opt: Namespace) -> tuple[Tensor, Tensor, list[str]]:
+    """The images of a folder, decoded once. A sub-folder is a class; without any, there is one class."""
+    root = Path(opt.dataset)
+    if not opt.dataset or not root.is_dir():
+        raise InputError(f"--dataset {opt.dataset}: neither a folder nor one of {', '.join(NAMED)}")
+    files, others = [], Counter()
+    for file in find_files(root):
+        if file.suffix.lower() in datasets.folder.IMG_EXTENSIONS:
+            files.append(file)
+        else:
+            others[file.suffix or file.name] += 1
+    if others:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in others.items())
+        say(f"warning: {root}: not read as images: {shorten(kinds, 200)}")
+    if not files:
+        raise InputError(f"--dataset {root}: no images there")
+    n_loose = sum(file.parent == root for file in files)
+    if 0 < n_loose < len(files):
+        raise InputError(f"--dataset {root}: {n_loose} images beside its sub-folders, which are the classes")
+    names = ["all" if n_loose else file.relative_to(root).parts[0] for file in files]
+    classes = sorted(set(names))
+    if not n_loose and SPLITS.issuperset(name.lower() for name in classes):
+        raise InputError(f"--dataset {root} holds {', '.join(classes)}, not classes: give one of them")
+
+    channels = opt.channels or 3
+    images = torch.empty(len(files), channels, opt.img_size, opt.img_size, dtype=torch.uint8)
+    damaged = []
+
+    def read(i: int) -> None:
+        try:
+            images[i] = read_image(files[i], opt.img_size, channels)
+        except Exception as e:  # Pillow raises many kinds
+            damaged.append(f"{files[i]} ({e})")
+
+    with ThreadPoolExecutor(opt.n_cpu) as pool:  # Pillow decodes in parallel
+        list(pool.map(read, range(len(files))))
+    if damaged:
+        text = shorten(", ".join(sorted(damaged)), 2000)
+        raise InputError(f"repair or remove what cannot be read: {text}")
+    return images, torch.tensor([classes.index(name) for name in names]), classes
+
+
+def find_files(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """The files in a folder and below, sorted. Skips hidden ones, and links back to a folder above."""
+    above |= {folder.resolve()}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if not path.is_dir():
+            yield path
+        elif path.resolve() not in above:
+            yield from find_files(path, above)
+
+
+def read_image(file: Path, img_size: int, channels: int) -> Tensor:
+    """An image, upright and cut to a square about its centre: uint8 (channels, img_size, img_size)."""
+    with Image.open(file) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith(("I", "F")):
+            raise ValueError("more than 8 bits per channel: convert it")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = ImageOps.fit(image.convert("RGB"), (img_size, img_size))
+        return v2.functional.pil_to_tensor(image.convert("L") if channels == 1 else image)
+
+
+def draw_digits(n: int) -> tuple[Tensor, Tensor, list[str]]:
+    """n digits of Pillow's font, rotated, shifted, scaled and sheared at random. n is the seed, too."""
+    font = ImageFont.load_default(26)
+    distort = v2.RandomAffine(15, (0.05, 0.05), (0.85, 1.15), 10, v2.InterpolationMode.BILINEAR)
+    images = []
     torch.manual_seed(n)
     for i in range(n):
         glyph = Image.new("L", (28, 28))
         ImageDraw.Draw(glyph).text((14, 14), str(i % 10), 255, font, anchor="mm")
-        images[i] = v2.functional.pil_to_tensor(affine(glyph))
-    return Namespace(data=images, targets=torch.arange(n) % 10)
+        images.append(v2.functional.pil_to_tensor(distort(glyph)))
+    return torch.stack(images), torch.arange(n) % 10, list("0123456789")
 
 
-DATASETS = dict(mnist=datasets.MNIST, fashion_mnist=datasets.FashionMNIST, cifar10=datasets.CIFAR10, digits=draw_digits)
+def make_loader(images: Tensor, labels: Tensor, batch_size: int) -> DataLoader:
+    """Shuffled batches of images in memory, without what is left over at the end of an epoch."""
+    if batch_size > len(images):
+        raise InputError(f"--batch_size {batch_size} is more than the {len(images)} training images")
+    if batch_size % WORLD or batch_size < 2 * WORLD:
+        raise InputError(f"--batch_size {batch_size}: {WORLD} processes need equal shares, 2 images or more")
+    data = TensorDataset(images, labels)
+    # The sampler yields lists of indices, so that a whole batch is looked up at once.
+    sampler = BatchSampler(RandomSampler(data), batch_size, drop_last=True)
+    return DataLoader(data, sampler=sampler, batch_size=None)
 
 
-def load_data(opt: Namespace, train: bool = True) -> tuple[Tensor, Tensor]:
-    """Images, uint8 (N, channels, img_size, img_size), and labels (N,). Adds to opt what the data decides."""
-    if RANK and not dist.is_initialized():
-        dist.init_process_group()  # waits for the first process, which joins in start() when it has the data
-    if opt.dataset in (None, *DATASETS):
-        name, classes = opt.dataset or "mnist", [str(k) for k in range(10)]
-        socket.setdefaulttimeout(20)  # seconds: a network that swallows packets ends, too
-        try:
-            data = DATASETS[name](opt.data_dir, train=train, download=True)
-        except Exception as e:  # of many kinds
-            text = f"{name} is not in {opt.data_dir}, nor to be downloaded ({' '.join(str(e).split())})"
-            if opt.dataset:
-                raise OSError(f"{text}; --dataset digits is built in") from e
-            print(f"warning: {text}; using --dataset digits", file=sys.stderr)
-            name, data = "digits", draw_digits(train=train)
-        images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
-        images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
-        opt.dataset, opt.channels = name, opt.channels or images.shape[1]
-        if images.shape[1] != opt.channels:
-            images = v2.functional.rgb_to_grayscale(images, opt.channels)  # or grey in three channels
-        images = v2.functional.resize(images, [opt.img_size, opt.img_size])
-    else:
-        if not Path(opt.dataset).is_dir() or Path(opt.dataset, "checkpoint.pt").exists():
-            raise OSError(f"--dataset {opt.dataset}: neither one of {', '.join(DATASETS)} nor a folder of images")
-        data = datasets.ImageFolder(opt.dataset, loader=functools.partial(read_image, opt=opt))
-        opt.channels, classes, labels = opt.channels or 3, data.classes, torch.tensor(data.targets)
-        images = torch.empty(len(data), opt.channels, opt.img_size, opt.img_size, dtype=torch.uint8)
-        workers = min(opt.n_cpu, os.cpu_count(), len(data) // 1000)  # fewer are not worth a process
-        for i, (part, _) in enumerate(DataLoader(data, 64, num_workers=workers)):
-            images[i * 64 : i * 64 + 64] = part
-    if opt.n_classes not in (None, len(classes)) or getattr(opt, "classes", classes) != classes:
-        raise OSError(f"--n_classes {opt.n_classes} {vars(opt).get('classes')}: the data has {len(classes)}, {classes}")
-    opt.n_classes, opt.classes = len(classes), classes
-    return images, labels
+# ---------------------------------------------------------------- runs
+
+CHECKPOINT_SECONDS = 30  # between checkpoints: a stop loses at most so much work
 
 
-def read_image(file: str, opt: Namespace) -> Tensor:
-    """An image, cut to a square about its centre: uint8 (channels, img_size, img_size)."""
+class Run:
+    """A run: its folder, its step and its log. A checkpoint holds step, log and the state of `parts`."""
+
+    def __init__(self, opt: Namespace, loader: DataLoader, **parts):
+        self.opt = opt
+        self.loader = loader
+        self.parts = parts
+        self.last_step = opt.n_epochs * len(loader)
+        self.step = 0
+        self.log = []
+        self.sums = {}  # of the metrics since the last record
+        self.n_steps = 0  # in the sums
+        self.start = time.perf_counter()  # minus the seconds trained before a stop
+        if opt.resume is not None:
+            self.folder = Path(opt.resume)
+            self.restore(read_checkpoint(self.folder))
+        else:
+            self.folder = new_folder(Path(opt.out_dir))
+        self.save()
+        say(
+            f"{opt.n_epochs} epochs of {len(loader)} steps, {self.step} steps done\n"
+            f'to continue after a stop: --resume "{self.folder}"'
+        )
+
+    def restore(self, state: dict) -> None:
+        """Go back to where a checkpoint was written. Raises InputError if the data is not the same."""
+        before = f"{state['n_images']} images of {', '.join(state['options']['classes'])}"
+        now = f"{len(self.loader.dataset)} images of {', '.join(self.opt.classes)}"
+        if now != before:
+            texts = f"{shorten(now, 300)}; the run was started with {shorten(before, 300)}"
+            raise InputError(f"{self.opt.dataset} has {texts}")
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.step = state["step"]
+        self.log = state["log"]
+        self.sums = state["sums"]
+        self.n_steps = state["n_steps"]
+        self.start -= state["seconds"]
+
+    def end_step(self, **metrics: Tensor) -> None:
+        """Count a step, and add up its metrics."""
+        self.step += 1
+        self.n_steps += 1
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach()
+
+    def record(self, **more: float) -> None:
+        """Log and print the means of the metrics since the last record, and the values in `more`."""
+        row = {"step": self.step, "epoch": round(self.step / len(self.loader), 2)}
+        row["seconds"] = round(time.perf_counter() - self.start, 2)
+        row |= {name: float(total) / self.n_steps for name, total in self.sums.items()} | more
+        self.log.append(row)
+        self.sums = {}
+        self.n_steps = 0
+        say("  ".join(f"{name} {value:.6g}" for name, value in row.items()) + f"  {self.time_left()}")
+
+    def time_left(self) -> str:
+        minutes_per_step = (time.perf_counter() - self.start) / self.step / 60
+        return f"{(self.last_step - self.step) * minutes_per_step:.1f} minutes left"
+
+    def save_if_due(self) -> None:
+        """Save if CHECKPOINT_SECONDS have passed, and say how much time is left."""
+        if time.perf_counter() > self.saved + CHECKPOINT_SECONDS:
+            self.save()
+            say(f"step {self.step}  {self.time_left()}")
+
+    def save(self) -> None:
+        """Write checkpoint.pt and log.csv. Raises InputError if the weights are not finite."""
+        self.saved = time.perf_counter()
+        for name, part in self.parts.items():
+            if isinstance(part, nn.Module) and not all(p.isfinite().all() for p in part.parameters()):
+                raise InputError(f"step {self.step}: {name} is not finite; start again with a lower --lr")
+        if RANK > 0:
+            return
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"script": SCRIPT, "n_images": len(self.loader.dataset), "step": self.step, "log": self.log}
+        state |= {"sums": self.sums, "n_steps": self.n_steps, "seconds": self.saved - self.start}
+        state["options"] = json.loads(json.dumps(vars(self.opt), default=str))  # a Path becomes a str
+        buffer = io.BytesIO()  # torch.save would hide that the disk is full
+        torch.save(state, buffer)
+        with replacing(self.folder / "checkpoint.pt") as file:
+            file.write_bytes(buffer.getbuffer())
+        if self.log:
+            with replacing(self.folder / "log.csv") as file, open(file, "w", newline="") as table:
+                writer = csv.DictWriter(table, self.log[-1], extrasaction="ignore")
+                writer.writeheader()
+                writer.writerows(self.log)
+
+    def save_grid(self, name: str, images: Tensor, n_columns: int) -> None:
+        """Save images (N, C, H, W) in [0, 1] as a grid, images/name_step.png."""
+        if RANK == 0:
+            (self.folder / "images").mkdir(exist_ok=True)
+            with replacing(self.folder / "images" / f"{name}_{self.step:08}.png") as file:
+                save_image(images, file, nrow=n_columns)
+
+    def finish(self, *names: str) -> None:
+        """Write the last checkpoint, and animate the grids of each name: at most 100, evenly spread."""
+        self.save()
+        for name in names:
+            paths = sorted(self.folder.glob(f"images/{name}_*.png"))
+            if RANK == 0 and paths:
+                chosen = torch.linspace(0, len(paths) - 1, min(len(paths), 100)).long()
+                first, *rest = [Image.open(paths[i]) for i in chosen]
+                with replacing(self.folder / f"{name}.gif") as file:
+                    first.save(file, save_all=True, append_images=rest, duration=100, loop=0)
+        say(f'done; to train longer: --resume "{self.folder}" --n_epochs N')
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Yields a temporary path, which replaces `file` at the end; if writing fails, `file` stays as it was."""
+    temporary = file.with_name(f".{os.getpid()}-{file.name}")
     try:
-        with Image.open(file) as image:
-            if image.mode[0] in "IF":  # Pillow would make them white
-                raise ValueError("more than 8 bits a channel")
-            image = ImageOps.fit(image.convert("L" if opt.channels == 1 else "RGB"), (opt.img_size, opt.img_size))
-            return v2.functional.pil_to_tensor(image)
-    except Exception as e:  # of many kinds
-        raise OSError(f"{file}: not a good image ({e}); repair or remove it") from e
+        yield temporary
+        temporary.replace(file)
+    except OSError as e:
+        raise OSError(f'"{file}" cannot be written ({e})') from e
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
 
 
-# --- block: run
-CHECKPOINT_SECONDS = 30  # at most so much is trained again after a stop
-
-
-def start(opt: Namespace, loader: DataLoader, **parts) -> Namespace:
-    """A new run, or the one to resume at its checkpoint, which holds `parts`; `done` counts batches."""
-    if len(loader) == 0 or opt.batch_size % WORLD or opt.batch_size < 2 * WORLD:
-        raise OSError(f"--batch_size {opt.batch_size}: above {len(loader.dataset)} images or not for {WORLD} processes")
-    if loader.dataset[0][0].is_floating_point():
-        raise TypeError("images must be uint8, from 0 to 255")
-    if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group()
-    run = Namespace(folder=Path(opt.resume or opt.out_dir), parts=parts, per_epoch=len(loader))
-    state = read_checkpoint(opt.resume) if opt.resume else dict(position=[0, len(loader), {}, [], 0.0])
-    run.done, per_epoch, run.totals, run.rows, seconds = state["position"]
-    if per_epoch != len(loader):
-        raise OSError(f"{opt.dataset} has {len(loader)} batches an epoch now, and had {per_epoch}: start a new run")
-    for name, part in parts.items() if opt.resume else ():
-        part.load_state_dict(state[name])
-    run.folder = run.folder if RANK or opt.resume else new_folder(run.folder, "images")
-    run.began = time.monotonic() - seconds
-    save(run, opt)
-    if RANK == 0:
-        print(f"{opt.dataset}: {len(loader)} batches an epoch, {run.done} done; writing to {run.folder}", flush=True)
-    return run
-
-
-def after_batch(run: Namespace, opt: Namespace, **losses: Tensor) -> None:
-    """Count a batch and add up its losses; now and then report, and write a checkpoint."""
-    before = run.totals if run.done % run.per_epoch else {}  # sums start anew with an epoch
-    run.done, run.totals = run.done + 1, {name: before.get(name, 0) + loss for name, loss in losses.items()}
-    if run.done % run.per_epoch:
-        if run.done % (50 if sys.stdout.isatty() else opt.sample_interval) == 0:
-            report(run, opt)
-        if time.monotonic() > run.saved + CHECKPOINT_SECONDS:
-            save(run, opt)
-
-
-def after_epoch(run: Namespace, opt: Namespace, **more: float) -> None:
-    """Add the epoch's row to log.csv, `more` in it, and write a checkpoint."""
-    run.rows, run.began = [*run.rows, report(run, opt, **more)], time.monotonic()
-    save(run, opt)
-
-
-def report(run: Namespace, opt: Namespace, **more: float) -> dict[str, float]:
-    """Print and return a row of log.csv: the epoch's mean losses so far, and `more`."""
-    n, seconds = (run.done - 1) % run.per_epoch + 1, time.monotonic() - run.began
-    row = dict(epoch=(run.done - n) // run.per_epoch + 1, batches_done=run.done)
-    row |= {name: float(total) / n for name, total in run.totals.items()} | more
-    row |= dict(seconds=round(seconds, 2), images_per_second=round(n * opt.batch_size / seconds))
-    if RANK == 0:
-        text = " ".join(f"{name} {round(value, 4)}" for name, value in row.items())
-        width = max(os.get_terminal_size().columns, 1) - 1 if sys.stdout.isatty() else 0  # over the last report
-        print(f"{text:{width}.{width}}" if width else text, end="\r" if width else "\n", flush=True)
-    return row
-
-
-def save(run: Namespace, opt: Namespace) -> None:
-    """Write checkpoint.pt, in one piece, and log.csv. If this fails, the old checkpoint stays."""
-    run.saved = time.monotonic()
-    if RANK:
-        return
-    weights = [p for part in run.parts.values() if isinstance(part, nn.Module) for p in part.parameters()]
-    if not all(torch.as_tensor(x).isfinite().all() for x in [*weights, *run.totals.values()]):
-        raise FloatingPointError(f"batch {run.done}: a loss or weight is not finite; start anew, with a lower --lr")
-    state = {name: part.state_dict() for name, part in run.parts.items()} | dict(script=SCRIPT, options=vars(opt))
-    state["position"] = [run.done, run.per_epoch, run.totals, run.rows, run.saved - run.began]
-    table = [*run.rows[:1], *(row.values() for row in run.rows)]  # first the keys
-    new = run.folder / "checkpoint.tmp"
+def read_checkpoint(folder: str | Path) -> dict:
+    """The checkpoint of a run. Raises InputError if it is missing, damaged or another script's."""
+    file = Path(folder, "checkpoint.pt")
+    if not file.exists():
+        raise InputError(f'"{folder}" is not the folder of a run: it has no checkpoint.pt')
     try:
-        torch.save(state, new)
-        new.replace(run.folder / "checkpoint.pt")
-        (run.folder / "log.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in table))
-    except (OSError, RuntimeError) as e:  # torch raises the latter for a full disk
-        new.unlink(missing_ok=True)
-        raise OSError(f"{run.folder}: checkpoint.pt cannot be written ({e}); the last one stays") from e
-
-
-def read_checkpoint(run: str | Path) -> dict:
-    """The checkpoint in a run's folder. Raises OSError if it is missing, damaged or another script's."""
-    try:
-        state = torch.load(Path(run, "checkpoint.pt"), map_location="cpu", weights_only=True)
-        if state["script"] != SCRIPT:
-            raise ValueError(f"made by {state['script']}.py")
-    except Exception as e:  # of many kinds
-        raise OSError(f"{run}/checkpoint.pt is not one of {SCRIPT}.py ({' '.join(repr(e).split())})") from e
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        script = state["script"]
+    except Exception as e:  # torch and pickle raise many kinds
+        raise InputError(f'"{file}" cannot be read ({shorten(repr(e), 300)})') from e
+    if script != SCRIPT:
+        raise InputError(f'"{folder}" is a run of {script}.py: use that, not {SCRIPT}.py')
     return state
 
 
-def new_folder(path: Path, inside: str = "") -> Path:
-    """Make path/inside and return path; if path is in use, path-2, path-3, ...: nothing is overwritten."""
-    folder, n = path, 1
-    while any(folder.glob("*")):
-        n += 1
-        folder = path.parent / f"{path.name or 'run'}-{n}"
-    (folder / inside).mkdir(parents=True, exist_ok=not inside)
+def new_folder(path: Path) -> Path:
+    """Make the folder path, or path-2, path-3, ... if it exists: nothing is overwritten.
+
+    Under torchrun the first process makes it, and all return its name.
+    """
+    folder = path
+    n = 1
+    while RANK == 0:
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            if not folder.is_dir():
+                raise
+            n += 1
+            folder = path.parent / f"{path.name or 'run'}-{n}"
+    if WORLD > 1:
+        names = [str(folder)]
+        dist.broadcast_object_list(names)
+        folder = Path(names[0])
     return folder
 
 
-def save_grid(run: Namespace, images: Tensor, columns: int, name: str = "sample") -> None:
-    """Save images (N, C, H, W) in [0, 1] as a grid, named after run.done."""
-    if RANK == 0:
-        new = run.folder / "grid.tmp"
-        utils.save_image(images, new, nrow=columns, format="png")
-        new.replace(run.folder / "images" / f"{name}_{run.done:06}.png")
-
-
-def finish(run: Namespace, **gifs: str) -> None:
-    """Make a GIF of the grids of each name, at most 100, evenly spread, and say how to go on."""
-    for name, file in gifs.items() if RANK == 0 else ():
-        paths = sorted(run.folder.glob(f"images/{name}_*.png"), key=lambda path: (len(path.name), path))
-        frames = [Image.open(path) for path in paths[:: -(len(paths) // 100 + 1)]][::-1]  # ends with the last
-        if frames:
-            frames[0].save(run.folder / file, save_all=True, append_images=frames[1:], duration=100, loop=0)
-            print(f"\n{run.folder / file}; to go on: python {Path(__file__).name} --resume {run.folder}")
-
-
 def main() -> None:
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without UTF-8
     try:
         opt = parse_args()
-        action = generate if opt.generate else reconstruct if opt.reconstruct is not None else train
-        action(opt)
-    except (OSError, FloatingPointError) as e:  # its last line: a worker's traceback stands before it
-        sys.exit(f"{SCRIPT}.py: error: {str(e).splitlines()[-1]}")
+        if opt.generate:
+            generate(opt)
+        elif opt.reconstruct is not None:
+            reconstruct(opt)
+        else:
+            train(opt)
+    except OSError as e:
+        sys.exit(f"{SCRIPT}.py: error: {' '.join(str(e).split())}")
     except KeyboardInterrupt:
+        say("\nstopped; a run that has begun continues with --resume RUN")
         sys.exit(130)
 
 

@@ -1,20 +1,29 @@
-"""Vector-quantised autoencoder: images to a small square of codes and back, in one file.
+"""Vector-quantised autoencoder (VQ-VAE): turns images into small squares of codes, and codes into images.
 
-An encoder makes a square of vectors z of each image x; each becomes e, the nearest of the K vectors of a codebook, so
-that the image is a square of whole numbers below K; a decoder makes of these an image x' again. The loss is a sum of
-means over elements (van den Oord et al. 2017, arXiv:1711.00937, equation 3), the first over the variance of pixels:
+The encoder turns an image x into a square of vectors z. Each is replaced by the nearest of the K vectors
+of a codebook, e, so that the image becomes a square of codes, whole numbers below K. The decoder turns
+the vectors e into an image x' like x. They minimise a sum of means (equation 3 of the paper; here the
+first is divided by the variance of the training pixels, so that always drawing their mean costs 1):
 
-    (x - x')^2 / variance  +  (sg[z] - e)^2  +  0.25 (z - sg[e])^2
+    (x' - x)^2 / variance  +  (sg[z] - e)^2  +  0.25 (z - sg[e])^2
 
-sg[a] is a, but no gradient passes it: the second term moves only the codes, the third (commitment) only the encoder.
-Choosing the nearest has no gradient either: x' is decoded from z + sg[e - z], which is e, and whose gradient goes
-straight through to z. The second term is for --codebook loss; by default (ema, appendix A.1) each code follows the mean
-of the z that chose it. A code that is hardly used is set to a z of the batch (Dhariwal et al. 2020, arXiv:2005.00341;
-Zeghidour et al. 2021, arXiv:2107.03312): with --no-restart most of the codebook may never be used.
+sg[] stops the gradient: the second term, the codebook loss, moves only e, and the third, the commitment
+loss, only the encoder. No gradient passes the choice of the nearest: the decoder's gradient for e goes
+"straight through" to z. By default each vector of the codebook follows the mean of the z that chose it,
+instead of the codebook loss (appendix A.1). One that is hardly ever chosen is restarted, at a random z of
+the batch: without restarts, most of the codebook may never be used.
 
-    python vqvae.py --n_epochs 10                            # MNIST; without a network: built-in digits
-    python vqvae.py --dataset path/to/folder --img_size 64   # your images, one sub-folder a class
-    python vqvae.py --resume runs/vqvae --encode path/to/folder
+VQ-VAE: van den Oord et al. 2017, arXiv:1711.00937. Restarts: Dhariwal et al. 2020, arXiv:2005.00341, and
+Zeghidour et al. 2021, arXiv:2107.03312. Averaged weights: Yazici et al. 2019, arXiv:1806.04498.
+
+    python vqvae.py --n_epochs 10                            # MNIST; built-in digits when offline
+    python vqvae.py --dataset path/to/folder --img_size 64   # your images, with or without sub-folders
+    python pixelcnnpp.py --dataset runs/vqvae                # learns the codes, and draws new ones
+
+A run leaves the codes of its images in codes.npz, and in decoder.pt2 what turns them into images:
+
+    codes = torch.from_numpy(numpy.load("runs/vqvae/codes.npz")["codes"])
+    images = torch.export.load("runs/vqvae/decoder.pt2").module()(codes.long())
 """
 
 # /// script
@@ -24,593 +33,858 @@ Zeghidour et al. 2021, arXiv:2107.03312): with --no-restart most of the codebook
 
 import argparse
 import copy
-import functools
+import csv
+import io
+import itertools
+import json
 import os
 import random
 import socket
 import sys
+import tempfile
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.distributions import Categorical
+from torch.nn.functional import interpolate, mse_loss
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
-from torchvision import datasets, utils
+from torchvision import datasets
 from torchvision.transforms import v2
+from torchvision.utils import save_image
 
-SCRIPT = "vqvae"  # in checkpoints, which no other script reads; give your copy a name of its own
+SCRIPT = Path(__file__).stem  # a script resumes its own runs only
+USES = {"generate"}  # options that use a trained run: they need --resume
 
-# ---------------- options
+# ---------------------------------------------------------------- options
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    """Options from argv (default: the command line). Raises SystemExit for a bad one, OSError for a bad run."""
-    p = ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add, flag = p.add_argument, dict(action=argparse.BooleanOptionalAction)
-    add("--n_epochs", type=number(int), default=200, help="passes over the images; 0 only sets up")
-    add("--batch_size", type=number(int, 2), default=128, help="images a step, 2 or more")
-    add("--lr", type=number(float, 1e-9), default=1e-3, help="Adam's learning rate, above 0")
-    add("--b1", type=number(float, below=1), default=0.9, help="Adam's decay of the gradient, in [0, 1)")
-    add("--b2", type=number(float, below=1), default=0.999, help="Adam's decay of its square, in [0, 1)")
-    add("--codebook", choices=["ema", "loss"], default="ema", help="codes follow means, or their loss")
-    add("--decay", type=number(float, below=1), default=0.99, help="of the codes' means and counts, in [0, 1)")
-    add("--commitment", type=number(float), default=0.25, help="weight of the third term, 0 or more")
-    add("--restart", **flag, default=True, help="set hardly used codes to encoder outputs")
-    add("--n_embeddings", type=number(int, 1), default=512, help="size K of the codebook")
-    add("--latent_dim", type=number(int, 1), default=64, help="size of a code's vector")
-    add("--hidden_dim", type=number(int, 2), default=128, help="channels of the convolutions, 2 or more")
-    add("--residual_dim", type=number(int, 1), default=32, help="channels inside a residual block")
-    add("--downsample", type=int, choices=[2, 4, 8], default=4, help="side of an image over that of its codes")
-    add("--ema", type=number(float, below=1), default=0.999, help="decay of the model's average, in [0, 1); 0: off")
-    add("--img_size", type=number(int, 1), default=32, help="side of the images, a multiple of --downsample")
-    add("--channels", type=int, choices=[1, 3], help="1: grey, 3: colour; None: as in the data, a folder 3")
-    add("--n_classes", type=number(int, 1), help="number of classes; None: the data's")
-    add("--sample_interval", type=number(int, 1), default=400, help="batches between sample grids")
-    add("--n_cpu", type=number(int), default=8, help="processes to decode a folder, at most")
-    add("--dataset", help="mnist, fashion_mnist, cifar10, digits or a folder; None: mnist, or else digits")
-    add("--data_dir", default="data", help="where data sets are or come to")
-    add("--out_dir", default=f"runs/{SCRIPT}", help="the run's folder; in use: a number is added")
-    add("--seed", type=number(int), default=0, help="same seed: same images, on a CPU with as many threads")
-    add("--device", default="auto", help="cpu, cuda:1, mps ...; auto: the accelerator or cpu")
-    add("--amp", **flag, default=False, help="forward passes in bfloat16")
-    add("--compile", **flag, default=False, help="torch.compile")
-    add("--resume", metavar="RUN", help="go on with the run in this folder")
-    add("--generate", type=number(int, 1), metavar="N", help="with --resume: write N images")
-    add("--encode", metavar="FOLDER", help="with --resume: write the codes of its images")
-    add("--decode", metavar="FILE.npz", help="with --resume: write the images of its codes")
-    opt = finish_options(p, argv, acts=["generate", "encode", "decode"], free=[])
+    """Parse argv (default: the command line).
+
+    Raises SystemExit for a bad option, and InputError if --resume names no run of this script.
+    """
+    p = ArgumentParser(usage="%(prog)s [options]", description=__doc__, formatter_class=Help)
+    add = p.add_argument_group("model").add_argument
+    add("--codebook", choices=["ema", "loss"], default="ema",
+        help="what moves the codebook: moving averages of z, or the codebook loss")  # fmt: skip
+    add("--decay", type=fraction, default=0.99, help="decay rate of the codebook's moving averages")
+    add("--commitment", type=number(float, 0), default=0.25, help="weight of the commitment loss")
+    add("--restart", action=ON_OFF, default=True, help="restart codes that are hardly used")
+    add("--n_embeddings", type=count, default=512, help="K, the number of codes")
+    add("--latent_dim", type=count, default=64, help="size of each vector z, and of a code's vector")
+    add("--hidden_dim", type=number(int, 2), default=128, help="channels of the convolutions")
+    add("--residual_dim", type=count, default=32, help="channels inside a residual block")
+    add("--downsample", type=int, choices=[2, 4, 8], default=4, help="pixels per code along a side")
+    add("--ema", type=fraction, default=0.999, help="decay rate of the averaged weights; 0: off")
+    add = p.add_argument_group("training").add_argument
+    add("--n_epochs", type=count, default=200, help="epochs in total, those before a resume included")
+    add("--batch_size", type=number(int, 2), default=128, help="images per step")
+    add("--lr", type=positive, default=1e-3, help="Adam: learning rate")
+    add("--b1", type=fraction, default=0.9, help="Adam: decay rate of the first moment")
+    add("--b2", type=fraction, default=0.999, help="Adam: decay rate of the second moment")
+    add("--seed", type=natural, default=0, help="random seed; with --generate, another one draws others")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
+    add("--amp", action=ON_OFF, default=False, help="forward passes in bfloat16; slower on some CPUs")
+    add = p.add_argument_group("data").add_argument
+    add("--dataset", help="mnist (if not given), fashion_mnist, cifar10, digits or a folder of images")
+    add("--data_dir", default="data", help="folder for downloaded data sets")
+    add("--img_size", type=count, default=32, help="side of the images in pixels; a multiple of --downsample")
+    add("--channels", type=int, choices=[1, 3], help="1: grey, 3: colour (default: the data's; a folder: 3)")
+    add("--n_cpu", type=count, default=8, help="threads that read the images of a folder")
+    add = p.add_argument_group("run").add_argument
+    add("--out_dir", default=f"runs/{SCRIPT}", help="folder of a new run; if it exists, a number is added")
+    add("--sample_interval", type=count, default=400,
+        help="steps between sample grids and log rows, each with a test on all test images")  # fmt: skip
+    add("--resume", metavar="RUN", help="continue the run in this folder, with its options")
+    add("--generate", type=count, metavar="N", help="with --resume: write N images instead of training")
+    opt = parse_and_check(p, argv)
     if opt.img_size % opt.downsample:
         p.error(f"--img_size {opt.img_size}: not a multiple of --downsample {opt.downsample}")
     return opt
 
 
-# ---------------- networks
+# ---------------------------------------------------------------- networks
 
 
-class VQVAE(nn.Module):
-    """Images (N, dims[0], H, W) in [0, 1] <-> codes (N, h, w); dims: channels of the images and after each halving."""
-
-    def __init__(self, n_embeddings: int, latent_dim: int, dims: list, residual_dim: int):
-        super().__init__()
-        layers = []
-        for n_in, n_out in zip(dims, dims[1:]):
-            layers += [nn.Conv2d(n_in, n_out, 4, 2, 1), nn.ReLU()]
-        layers += [nn.Conv2d(dims[-1], dims[-1], 3, 1, 1), *(Residual(dims[-1], residual_dim) for _ in range(2))]
-        self.encoder = nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(dims[-1], latent_dim, 1))
-        self.decoder = Decoder(n_embeddings, latent_dim, dims, residual_dim)
-        self.register_buffer("counts", torch.zeros(n_embeddings))  # moving mean of a code's uses in a batch
-
-    @property
-    def codebook(self) -> Tensor:
-        """The vectors of the codes (K, latent_dim)."""
-        return self.decoder.codebook
-
-    def nearest(self, z: Tensor) -> Tensor:
-        """The code of each vector: z (N, latent_dim, h, w) -> codes (N, h, w)."""
-        z = z.movedim(1, -1)
-        scores = self.codebook.square().sum(1) - 2 * z @ self.codebook.T  # distance^2 - |z|^2
-        return scores.argmin(-1)
-
-    @torch.no_grad()
-    def encode(self, x: Tensor) -> Tensor:
-        """Images (N, channels, H, W) in [0, 1] -> codes (N, h, w)."""
-        return self.nearest(self.encoder(x).float())
-
-    @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
-        """Codes (N, h, w) -> images (N, channels, H, W) in [0, 1]."""
-        return self.decoder(self.decoder.embed(codes)).clamp(0, 1)
-
-    def draw(self, u: Tensor) -> Tensor:
-        """Codes (N, h, w), each alone with its frequency in training, from random numbers u (N, h, w) in [0, 1)."""
-        edges = self.counts.cumsum(0)
-        return torch.searchsorted(edges, u * edges[-1])
-
-
-# --- block: decoder
 class Residual(nn.Sequential):
-    """x + f(x) for x (N, dim, h, w)."""
+    """A residual block: x (N, dim, h, w) -> x + f(x), where f is a sequence of layers."""
 
     def __init__(self, dim: int, residual_dim: int):
-        super().__init__(nn.ReLU(), nn.Conv2d(dim, residual_dim, 3, 1, 1), nn.ReLU(), nn.Conv2d(residual_dim, dim, 1))
+        super().__init__(
+            nn.ReLU(), nn.Conv2d(dim, residual_dim, 3, 1, 1),
+            nn.ReLU(), nn.Conv2d(residual_dim, dim, 1),
+        )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)
 
 
-class Decoder(nn.Module):
-    """The vectors of codes e (N, latent_dim, h, w) -> images (N, dims[0], H, W), the encoder in reverse."""
+class VQVAE(nn.Module):
+    """Images (N, channels, H, W) in [0, 1] <-> codes (N, H / downsample, W / downsample), int64."""
 
-    def __init__(self, n_embeddings: int, latent_dim: int, dims: list, residual_dim: int):
+    def __init__(
+        self,
+        channels: int,
+        n_embeddings: int,
+        latent_dim: int,
+        hidden_dim: int,
+        residual_dim: int,
+        downsample: int,
+    ):
         super().__init__()
+        half_dim = hidden_dim // 2
+        dims = {  # of the image, and after each convolution that halves its side
+            2: [channels, hidden_dim],
+            4: [channels, half_dim, hidden_dim],
+            8: [channels, half_dim, half_dim, hidden_dim],
+        }[downsample]
+        down = []
+        up = []
+        for n_in, n_out in itertools.pairwise(dims):
+            down = [*down, nn.Conv2d(n_in, n_out, 4, 2, 1), nn.ReLU()]
+            up = [nn.ReLU(), nn.ConvTranspose2d(n_out, n_in, 4, 2, 1), *up]
+        self.encoder = nn.Sequential(
+            *down,
+            nn.Conv2d(hidden_dim, hidden_dim, 3, 1, 1),
+            Residual(hidden_dim, residual_dim),
+            Residual(hidden_dim, residual_dim),
+            nn.ReLU(), nn.Conv2d(hidden_dim, latent_dim, 1),
+        )  # fmt: skip
+        self.decoder = nn.Sequential(
+            nn.Conv2d(latent_dim, hidden_dim, 3, 1, 1),
+            Residual(hidden_dim, residual_dim),
+            Residual(hidden_dim, residual_dim),
+            *up,
+        )
         self.codebook = nn.Parameter(torch.randn(n_embeddings, latent_dim))
-        layers = [nn.Conv2d(latent_dim, dims[-1], 3, 1, 1), *(Residual(dims[-1], residual_dim) for _ in range(2))]
-        for n_in, n_out in zip(dims[::-1], dims[-2::-1]):
-            layers += [nn.ReLU(), nn.ConvTranspose2d(n_in, n_out, 4, 2, 1)]
-        self.layers = nn.Sequential(*layers)
+        self.register_buffer("counts", torch.zeros(n_embeddings))  # uses of each code per batch, averaged
+
+    def nearest(self, z: Tensor) -> Tensor:
+        """Vectors z (N, latent_dim, h, w) -> codes (N, h, w): for each z, that of the nearest vector e."""
+        z = z.movedim(1, -1)
+        # |z - e|^2 without |z|^2, which is the same for every e.
+        distances = self.codebook.square().sum(1) - 2 * z @ self.codebook.T
+        return distances.argmin(-1)
 
     def embed(self, codes: Tensor) -> Tensor:
-        """Codes (N, h, w) -> their vectors (N, latent_dim, h, w)."""
-        return F.embedding(codes.long(), self.codebook).movedim(-1, 1)
+        """Codes (N, h, w) -> their vectors e (N, latent_dim, h, w)."""
+        return self.codebook[codes].movedim(-1, 1)
 
-    def forward(self, e: Tensor) -> Tensor:
-        return self.layers(e)
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (N, channels, H, W) in [0, 1] -> codes (N, h, w)."""
+        return self.nearest(self.encoder(images))
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (N, h, w) -> images (N, channels, H, W) in [0, 1]."""
+        return self.decoder(self.embed(codes)).clamp(0, 1)
+
+    forward = decode  # so that this is what torch.export exports
+
+    def frequencies(self) -> Categorical:
+        """How often each code is used in training, as a distribution. No code is quite impossible."""
+        return Categorical(self.counts + 1e-3)
 
 
-# ---------------- training
-
-
-def train_step(model: VQVAE, optimizer: torch.optim.Optimizer, x: Tensor, variance: Tensor, opt: Namespace) -> dict:
-    """One step on images x in [0, 1] down the loss at the top of this file; returns its terms."""
-    z = model.encoder(x).float()
-    codes = model.nearest(z)
-    e = model.decoder.embed(codes)
-    error = F.mse_loss(model.decoder(z + (e - z).detach()).float(), x) / variance
-    codes_loss = F.mse_loss(e, z.detach())  # constant with --codebook ema
-    commitment = F.mse_loss(z, e.detach())
-    optimizer.zero_grad()
-    (error + codes_loss + opt.commitment * commitment).backward()
-    mean_gradients(model)
-    optimizer.step()
-    update_codebook(model, z.movedim(1, -1).flatten(0, 2), codes.flatten(), opt)
-    return dict(error=error.detach(), commitment=commitment.detach())
+# ---------------------------------------------------------------- training
 
 
 @torch.no_grad()
 def update_codebook(model: VQVAE, z: Tensor, codes: Tensor, opt: Namespace) -> None:
-    """Count uses, and let codes follow the mean of the z (n, latent_dim) that chose them: appendix A.1, N = counts and
-    m = counts * codebook. Restart the codes that are hardly used; at the first batch, when all counts are 0, all."""
-    codebook, counts = model.codebook, model.counts[:, None]  # views: changed in place
-    totals = z.new_zeros(len(codebook), 1 + z.shape[1]).index_add_(0, codes, F.pad(z, (1, 0), value=1.0))
-    new = z[torch.randint(len(z), (len(codebook),), device=z.device)]
-    if WORLD > 1:  # one codebook for all
-        dist.all_reduce(totals)
-        dist.broadcast(new, 0)
-    uses, sums = totals[:, :1], totals[:, 1:]
-    first = counts == 0
+    """Move each code's vector to the z (N, latent_dim, h, w) that chose it; restart codes hardly used.
+
+    With --codebook ema, for each code (appendix A.1 of the paper):
+
+        count  = decay * count + (1 - decay) * (number of z that chose the code)
+        total  = decay * total + (1 - decay) * (sum of the z that chose the code)
+        vector = total / count
+    """
+    codebook = model.codebook
+    counts = model.counts
+    z = z.movedim(1, -1).flatten(0, 2)
+    codes = codes.flatten()
+    uses = torch.zeros_like(counts).index_add_(0, codes, z.new_ones(len(z)))
+    sums = torch.zeros_like(codebook).index_add_(0, codes, z)
+    candidates = z[torch.randint(len(z), counts.shape, device=z.device)]
+    if WORLD > 1:  # all processes keep the same codebook
+        dist.all_reduce(uses)
+        dist.all_reduce(sums)
+        dist.broadcast(candidates, 0)
+    is_rare = counts == 0  # in the first step, all are
     counts.lerp_(uses, 1 - opt.decay)
     if opt.codebook == "ema":
-        codebook += (1 - opt.decay) * (sums - uses * codebook) / counts.clamp(min=1e-9)
+        # total / count as above, written as a change of the vector: it is 0 for a code that nothing chose.
+        change = (1 - opt.decay) * (sums - uses[:, None] * codebook)
+        codebook += change / counts[:, None].clamp(min=1e-9)
     if opt.restart:
-        few = 0.1 * uses.mean()  # a code with fewer uses than a tenth of the mean has to give way
-        codebook.copy_(new.where(first | (counts < few), codebook))
-        counts.clamp_(min=few)
+        least = 0.1 * uses.mean()  # a tenth of what each code would have if all were used evenly
+        is_rare |= counts < least
+        codebook.copy_(torch.where(is_rare[:, None], candidates, codebook))
+        counts.clamp_(min=least)
 
 
-def average(model_avg: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Move model_avg towards the model. Its memory is short at first, so that it forgets how the model started."""
-    decay = min(decay, (1 + step) / (10 + step)) if decay else 0.0
-    averages, values = (list(m.state_dict().values()) for m in (model_avg, model))
-    torch.optim.swa_utils.get_ema_multi_avg_fn(decay)(averages, values, None)
+def measure(model: VQVAE, images: Tensor, variance: Tensor, opt: Namespace) -> dict[str, float]:
+    """Metrics of uint8 test images (N, channels, H, W).
 
-
-@torch.no_grad()
-def test(model: VQVAE, images: Tensor, variance: Tensor, opt: Namespace) -> dict[str, float]:
-    """Mean squared error; the same over the variance; of the codes: their perplexity, how many are used, and bits per
-    dimension of the images when each code costs what its frequency in training says."""
-    mse, uses = 0.0, torch.zeros_like(model.counts)
+    test_mse is the mean squared error of pixels in [0, 1], and test_error the same over the variance.
+    test_perplexity is exp(entropy) of the codes: how many they would be if all were used evenly; test_used
+    is how many are used. test_bits_per_dim is the length of the codes in bits per pixel and channel, if
+    each code takes -log2 of its frequency in training.
+    """
+    mse = 0.0
+    uses = 0
     for x in images.split(opt.batch_size):
-        codes = model.encode(x / 255)
-        mse += float((model.decode(codes) - x / 255).square().sum()) / images.numel()
-        uses += codes.flatten().bincount(minlength=len(uses))
-    share, trained = uses / uses.sum(), model.counts + 0.01 * model.counts.mean()  # none is impossible
-    perplexity = float(torch.distributions.Categorical(share).entropy().exp())
-    bits = float(-(share * (trained / trained.sum()).log2()).sum()) * codes[0].numel() / images[0].numel()
-    row = dict(test_mse=mse, test_error=mse / float(variance), test_perplexity=perplexity)
-    return row | dict(test_used=int((uses > 0).sum()), test_bits_per_dim=bits)
+        x = x / 255
+        codes = model.encode(x)
+        mse += float(mse_loss(model.decode(codes), x)) * len(x) / len(images)
+        uses += codes.flatten().bincount(minlength=opt.n_embeddings)
+    log2_frequencies = model.frequencies().probs.log2()
+    return {
+        "test_mse": mse,
+        "test_error": mse / float(variance),
+        "test_perplexity": float(Categorical(uses).perplexity()),
+        "test_used": int(uses.count_nonzero()),
+        "test_bits_per_dim": -float((uses * log2_frequencies).sum()) / images.numel(),
+    }
+
+
+def hold_out(opt: Namespace, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training images and labels, then test images and labels.
+
+    A named data set has its own test images. Otherwise every tenth image is one.
+    """
+    if opt.dataset in NAMED:
+        test_images, test_labels, _ = load_data(opt, train=False)
+        return images, labels, test_images, test_labels
+    is_test = torch.arange(len(images)) % 10 == 0
+    return images[~is_test], labels[~is_test], images[is_test], labels[is_test]
 
 
 def train(opt: Namespace) -> Path:
-    """Train and return the run's folder. Raises OSError for bad data or files, FloatingPointError for a bad loss."""
-    device = find_device(opt)
-    images, labels = (part.to(device) for part in load_data(opt))
-    if opt.dataset in DATASETS:
-        tests = tuple(part.to(device) for part in load_data(opt, train=False))
-    else:  # every tenth image is held out
-        kept = [i for i in range(len(images)) if i % 10] or [0]
-        tests, images, labels = (images[::10], labels[::10]), images[kept], labels[kept]
-    data = TensorDataset(images, labels)
-    sampler = BatchSampler(RandomSampler(data), opt.batch_size, drop_last=True)
-    loader = DataLoader(data, sampler=sampler, batch_size=None)  # a batch is data[[3, 1, ...]]: one look-up, not 128
-    variance = (images[:: -(-len(images) // 10_000)] / 255).var().clamp(min=1e-6)  # of training pixels
+    """Train, and return the run's folder. Raises InputError, an OSError, for bad data or options."""
+    opt = copy.copy(opt)
+    if WORLD > 1 and not dist.is_initialized():
+        dist.init_process_group()
+    device = find_device(opt.device)
+    # For data of your own, replace this line. Images are uint8 (N, channels, img_size, img_size), labels
+    # (N,) count from 0, classes are their names.
+    images, labels, opt.classes = load_data(opt)
+    images, labels, test_images, test_labels = hold_out(opt, images, labels)
+    # All images lie on the device, as bytes.
+    images = images.to(device)
+    test_images = test_images.to(device)
+    opt.channels = images.shape[1]
+    loader = make_loader(images, labels, opt.batch_size)
 
     torch.manual_seed(opt.seed)
-    model = new_model(opt).to(device, memory_format=torch.channels_last)  # faster for convolutions
+    model = new_model(opt).to(device, memory_format=torch.channels_last)  # faster convolutions
     model.codebook.requires_grad_(opt.codebook == "loss")
-    model_avg = copy.deepcopy(model).eval().requires_grad_(False)
-    for network in (model.encoder, model.decoder):
-        if opt.amp:
-            network.forward = torch.autocast(device.type, torch.bfloat16)(network.forward)
-        if opt.compile:
-            network.compile()
+    model_avg = copy.deepcopy(model).eval().requires_grad_(False)  # for tests, grids and load()
     optimizer = torch.optim.Adam(model.parameters(), opt.lr, (opt.b1, opt.b2), fused=True)
-    grid_u = torch.rand(100, *[opt.img_size // opt.downsample] * 2).to(device)
-    shown = tests[0][torch.linspace(0, len(tests[0]) - 1, min(len(tests[0]), 10)).long()] / 255
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=opt.amp)
 
-    def pictures() -> None:
-        save_grid(run, model_avg.decode(model_avg.draw(grid_u)), 10)
-        save_grid(run, torch.cat([shown, model_avg.decode(model_avg.encode(shown))]), len(shown), "recon")
+    # At most ten test images for the grids, evenly spread, as those of a folder are sorted by class; and
+    # at most 10,000 random images for the variance of the pixels.
+    grid_images = test_images[:: len(test_images) // 10 + 1] / 255
+    variance = (images[torch.randperm(len(images))[:10_000]] / 255).var().clamp(min=1e-6)
 
-    run = start(opt, loader, model=model, model_avg=model_avg, optimizer=optimizer)
-    try:
-        for epoch in range(run.done // len(loader), opt.n_epochs):
-            seed(opt.seed, "epoch", epoch)  # of the order of the images
-            for i, (real, _) in enumerate(loader, epoch * len(loader)):
-                if i < run.done:  # trained before the checkpoint
-                    continue
-                if i % opt.sample_interval == 0:
-                    pictures()
-                seed(opt.seed, "batch", i, RANK)  # of the restarts, so that a resumed run has the same
-                losses = train_step(model, optimizer, real[RANK::WORLD].to(device) / 255, variance, opt)
-                average(model_avg, model, opt.ema, i)
-                after_batch(run, opt, **losses)
-            after_epoch(run, opt, **test(model_avg, tests[0], variance, opt))
-        pictures()
-    finally:  # after Ctrl-C, too
-        finish(run, sample="training.gif", recon="recon.gif")
+    run = Run(opt, loader, model=model, model_avg=model_avg, optimizer=optimizer)
+    first_epoch, n_done = divmod(run.step, len(loader))
+    for epoch in range(first_epoch, opt.n_epochs):
+        seed(opt.seed, "epoch", epoch)  # of the order of the images, for a resumed run as before
+        for x, _ in itertools.islice(loader, n_done, None):
+            seed(opt.seed, "step", run.step, RANK)  # of the restarts, for a resumed run as before
+            x = x[RANK::WORLD].to(device) / 255  # from 0..255 to [0, 1]
+            with autocast:
+                z = model.encoder(x).float()
+            codes = model.nearest(z)
+            e = model.embed(codes)
+            with autocast:  # the decoder's input has the values of e, and passes its gradient to z
+                reconstruction = model.decoder(z + (e - z).detach()).float()
+            error = mse_loss(reconstruction, x) / variance
+            codebook_loss = mse_loss(e, z.detach())  # without a gradient if --codebook ema
+            commitment = mse_loss(z, e.detach())
+            loss = error + codebook_loss + opt.commitment * commitment
+            optimizer.zero_grad()
+            loss.backward()
+            average_gradients(model)
+            optimizer.step()
+
+            update_codebook(model, z, codes, opt)
+            update_average(model_avg, model, opt.ema, run.step)
+            run.end_step(error=error, commitment=commitment)
+            if run.step % opt.sample_interval == 0 or run.step == run.last_step:
+                seed(opt.seed, "sample")  # so that all sample grids have the same noise
+                grid_codes = model_avg.frequencies().sample(codes.shape)
+                run.save_grid("sample", model_avg.decode(grid_codes), 16)
+                grid_recon = model_avg.decode(model_avg.encode(grid_images))
+                run.save_grid("recon", torch.cat([grid_images, grid_recon]), len(grid_images))
+                run.record(**measure(model_avg, test_images, variance, opt))
+            run.save_if_due()
+        n_done = 0
+    run.finish("sample", "recon")
     if RANK == 0:
-        codes = torch.arange(opt.n_embeddings, device=device)[:, None, None]
-        utils.save_image(F.interpolate(model_avg.decode(codes), scale_factor=4), run.folder / "codebook.png", nrow=32)
-        write_codes(run.folder, model_avg, opt, run.done, (images, labels), tests)
+        write_codes(
+            run.folder,
+            codes=encode_all(model_avg, images, opt),
+            labels=labels,
+            test_codes=encode_all(model_avg, test_images, opt),
+            test_labels=test_labels,
+            classes=opt.classes,
+            n_embeddings=opt.n_embeddings,
+        )
     return run.folder
 
 
-def write_codes(folder: Path, model: VQVAE, opt: Namespace, done: int, images: tuple, tests: tuple) -> None:
-    """folder/codes.npz, in one piece: codes of uint8 images in their order, and labels; tests: those held out."""
-    arrays = dict(classes=np.array(opt.classes), n_embeddings=opt.n_embeddings, batches_done=done)
-    for name, (x, labels) in {"": images, "test_": tests}.items():
-        codes = torch.cat([model.encode(part / 255) for part in x.split(opt.batch_size)]).cpu().numpy()
-        arrays[f"{name}codes"] = codes.astype(np.min_scalar_type(opt.n_embeddings - 1))
-        arrays[f"{name}labels"] = labels.cpu().numpy()
-    with open(folder / "codes.tmp", "wb") as file:
+def encode_all(model: VQVAE, images: Tensor, opt: Namespace) -> np.ndarray:
+    """The codes (N, h, w) of uint8 images, in the smallest unsigned type that holds every code."""
+    codes = torch.cat([model.encode(x / 255) for x in images.split(opt.batch_size)])
+    return codes.cpu().numpy().astype(np.min_scalar_type(opt.n_embeddings - 1))
+
+
+def write_codes(folder: Path, **arrays) -> None:
+    """Write codes.npz, which holds the arrays; codebook.png, which shows what each code alone decodes to;
+    and decoder.pt2, the decoder, which works without this script: torch.export.load(file).module() turns
+    codes (N, h, w), int64, into images (N, channels, H, W) in [0, 1]. Raises OSError if that fails.
+    """
+    model = load(folder)
+    every_code = torch.arange(len(model.codebook))[:, None, None]
+    with replacing(folder / "codebook.png") as file:
+        save_image(interpolate(model.decode(every_code), scale_factor=4), file, nrow=32)
+    del model.encoder
+    example_codes = torch.from_numpy(arrays["codes"][:2]).long()
+    decoder = torch.export.export(model, (example_codes,), dynamic_shapes=[{0: torch.export.Dim("N")}])
+    buffer = io.BytesIO()  # because torch, writing to a full disk itself, would abort the process
+    torch.export.save(decoder, buffer)
+    # The slow part is done before the first file is replaced, as the two must fit each other after a stop.
+    with replacing(folder / "codes.npz") as file:
         np.savez_compressed(file, **arrays)
-    (folder / "codes.tmp").replace(folder / "codes.npz")
-    print(f"{len(images[0])} + {len(tests[0])} images as codes in {folder / 'codes.npz'}")
+    with replacing(folder / "decoder.pt2") as file:
+        file.write_bytes(buffer.getbuffer())
 
 
-# ---------------- load, generate, encode and decode
+# ---------------------------------------------------------------- load and generate
 
 
 def new_model(opt: Namespace) -> VQVAE:
     """An untrained model of these options."""
-    halvings = opt.downsample.bit_length() - 1
-    dims = [opt.channels, *[opt.hidden_dim // 2] * (halvings - 1), opt.hidden_dim]
-    return VQVAE(opt.n_embeddings, opt.latent_dim, dims, opt.residual_dim)
+    return VQVAE(
+        opt.channels, opt.n_embeddings, opt.latent_dim, opt.hidden_dim, opt.residual_dim, opt.downsample
+    )
 
 
-def load(run: str | Path, device: str | torch.device = "cpu") -> VQVAE:
-    """The averaged model of a run's folder, in eval mode, with its `.options`. Raises OSError if it has none."""
-    state = read_checkpoint(run)
-    model = new_model(Namespace(**state["options"]))
+def load(folder: str | Path, device: str | torch.device = "cpu") -> VQVAE:
+    """The averaged model of a run, in eval mode, with the run's options as `model.options`.
+
+    codes = model.encode(images) gives the codes (N, h, w) of images (N, channels, H, W) in [0, 1], and
+    images = model.decode(codes) the images of codes; the vector of code k is model.codebook[k].
+    Raises InputError if the folder is not that of a run of this script.
+    """
+    state = read_checkpoint(folder)
+    options = Namespace(**state["options"])
+    model = new_model(options)
     model.load_state_dict(state["model_avg"])
-    model.options = state["options"]
+    model.options = options
     return model.to(device).eval().requires_grad_(False)
 
 
 def generate(opt: Namespace) -> Path:
-    """Write opt.generate images of codes drawn by their frequencies, and say what draws better ones."""
-    device, side = find_device(opt), opt.img_size // opt.downsample
-    model, folder = load(opt.resume, device), new_folder(Path(opt.resume, "generated"))
+    """Write opt.generate images of codes that are drawn one by one, each with its frequency in training."""
+    device = find_device(opt.device)
+    model = load(opt.resume, device)
+    folder = new_folder(Path(opt.resume, "generated"))
+    side = opt.img_size // opt.downsample
     torch.manual_seed(opt.seed)
     for i in range(opt.generate):
-        codes = model.draw(torch.rand(1, side, side, device=device))
-        utils.save_image(model.decode(codes), folder / f"{i:06}.png")
-    print(f"{opt.generate} images in {folder}; better ones: python pixelcnn.py --dataset {opt.resume}")
+        codes = model.frequencies().sample((1, side, side))
+        with replacing(folder / f"{i:06}.png") as file:
+            save_image(model.decode(codes), file)
+    say(
+        f'{opt.generate} images in "{folder}"; pixelcnnpp.py and pixelcnn.py draw better ones: '
+        f'python pixelcnnpp.py --dataset "{opt.resume}"'
+    )
     return folder
 
 
-def encode(opt: Namespace) -> Path:
-    """Write the codes of all images in the folder opt.encode; returns the folder that they are in."""
-    device, done = find_device(opt), read_checkpoint(opt.resume)["position"][0]
-    data = Namespace(**vars(opt) | dict(dataset=opt.encode, n_classes=None))
-    del data.classes  # it may have others
-    images, labels = (part.to(device) for part in load_data(data))
-    model, folder = load(opt.resume, device), new_folder(Path(opt.resume, "encoded"))
-    write_codes(folder, model, data, done, (images, labels), (images[:0], labels[:0]))
-    return folder
+# ================================================================ plumbing: the same in every script
+# From here to main, each script of the collection has the same text, so that each stands alone.
+# ---------------------------------------------------------------- options
 
 
-def decode(opt: Namespace) -> Path:
-    """Write the images of the codes in opt.decode; with labels, a sub-folder a class. Returns the folder."""
-    device, side = find_device(opt), opt.img_size // opt.downsample
-    try:
-        arrays = dict(np.load(opt.decode))
-        codes = arrays["codes"]
-        names = [Path(arrays["classes"][k]).name for k in arrays.get("labels", [])] or [""] * len(codes)
-        if codes.dtype.kind not in "iu" or codes.shape[1:] != (side, side) or len(names) != len(codes):
-            raise ValueError(f"{codes.dtype} {codes.shape}, {len(names)} labels, for whole numbers (N, {side}, {side})")
-        if not ((codes >= 0) & (codes < opt.n_embeddings)).all():
-            raise ValueError(f"codes from {codes.min()} to {codes.max()}, not below {opt.n_embeddings}")
-    except Exception as e:  # numpy raises many kinds
-        raise OSError(f"--decode {opt.decode}: {e}") from e
-    model, folder = load(opt.resume, device), new_folder(Path(opt.resume, "decoded"))
-    for i, (square, name) in enumerate(zip(codes.astype(np.int64), names)):
-        (folder / name).mkdir(exist_ok=True)
-        utils.save_image(model.decode(torch.from_numpy(square[None]).to(device)), folder / name / f"{i:06}.png")
-    print(f"{len(codes)} images in {folder}")
-    return folder
+class InputError(OSError):
+    """Something that the user can put right. As any OSError, it is told in one line, without a traceback."""
 
 
-# ---------------- the plumbing: the same in every script, to the letter, from "block: processes" to main
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the description as it is written, and the default of each option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
-# --- block: processes
-# A process of torchrun has its rows of a batch, noise, dropout and batch norm; the first writes.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+def number(kind: type, low: float, below: float = 1e18) -> Callable[[str], float]:
+    """An argparse type: a number of that kind, at least `low` and less than `below`."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not low <= value < below:  # so nan is refused, too
+            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to below {below:g}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
+    return parse
 
 
-def find_device(opt: Namespace) -> torch.device:
-    """The device of the options, tried. Raises OSError if it does not work."""
-    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    try:
-        device = torch.device(best if opt.device == "auto" else opt.device)
-        if WORLD > 1 and device.type != "cpu":
-            torch.get_device_module(device).set_device(int(os.environ["LOCAL_RANK"]))
-        torch.zeros(8_000_000, device=device)[0].item()  # 32 MB, freed: glibc then keeps 64 MB of a step
-        if opt.amp:
-            torch.autocast(device.type, torch.bfloat16)
-    except (RuntimeError, AssertionError, ImportError) as e:
-        raise OSError(f"--device {opt.device}{' --amp' * opt.amp}: not on this machine; try --device auto") from e
-    return device
+natural = number(int, 0)
+count = number(int, 1)
+positive = number(float, 1e-9)
+fraction = number(float, 0, 1)
+ON_OFF = argparse.BooleanOptionalAction
+
+# What may change when a run is resumed, in addition to USES. A data set may have moved: Run.restore
+# compares the number of its images and its classes.
+MAY_CHANGE = {"n_epochs", "sample_interval", "dataset", "data_dir", "n_cpu", "device", "amp", "resume"}
 
 
-def mean_gradients(model: nn.Module) -> None:
-    """Average gradients over processes, as losses are means."""
-    for grad in [p.grad for p in model.parameters() if p.grad is not None] if WORLD > 1 else ():
-        dist.all_reduce(grad)
-        grad.div_(WORLD)
-
-
-def seed(*position: int | str) -> None:
-    """Seed torch; random numbers of two positions have nothing in common."""
-    rng = torch if torch.accelerator.is_available() else torch.default_generator  # torch.manual_seed: 0.3 ms
-    rng.manual_seed(random.Random(repr(position)).getrandbits(64))
-
-
-# --- block: options
-def number(kind: type, low: float = 0, below: float = 2**31) -> Callable:
-    """An argparse type: an int or float that is at least `low` and less than `below`."""
-
-    def number(text: str) -> float:
-        if low <= kind(text) < below:  # nan is not
-            return kind(text)
-        raise argparse.ArgumentTypeError(f"{text} is not from {low} to below {below}")
-
-    return number
-
-
-def finish_options(p: ArgumentParser, argv: list[str] | None, acts: list[str], free: list[str]) -> Namespace:
-    """Parse argv; with --resume the run's options are the defaults, and only `free` and `acts` on it may change."""
+def parse_and_check(p: ArgumentParser, argv: list[str] | None) -> Namespace:
+    """Parse argv. With --resume, the run's options are the defaults, and few of them may change."""
     opt = p.parse_args(argv)
-    acting = any(getattr(opt, name) is not None for name in acts)
-    if acting and (opt.resume is None or WORLD > 1):
-        p.error(f"--{', --'.join(acts)}: only with --resume RUN, without torchrun")
-    saved = read_checkpoint(opt.resume)["options"] if opt.resume is not None else {}
-    p.set_defaults(**saved)  # for what argv leaves out
-    opt = p.parse_args(argv)
-    free = {"resume", "n_epochs", "sample_interval", "n_cpu", "data_dir", "device", "amp", "compile", *acts, *free}
-    for name in saved.keys() - free - {"seed" if acting else ""}:
-        if getattr(opt, name) != saved[name]:
-            p.error(f"--{name} {getattr(opt, name)}: the run has {saved[name]}; start a new one")
+    uses = sorted(name for name in USES if getattr(opt, name) is not None)
+    if uses and opt.resume is None:
+        p.error(f"--{uses[0]} needs --resume RUN, the run to use")
+    if uses and WORLD > 1:
+        p.error(f"--{uses[0]} runs in one process, without torchrun")
+    if opt.resume is not None:
+        saved = read_checkpoint(opt.resume)["options"]
+        p.set_defaults(**saved)  # for what argv leaves out; and the classes
+        opt = p.parse_args(argv)
+        for name, value in vars(opt).items():
+            may_change = name in MAY_CHANGE | USES or (uses and name == "seed")
+            if value != saved.get(name, value) and not may_change:
+                p.error(f"--{name} {value}: this run has {saved[name]}; start a new one")
     return opt
 
 
-# --- block: data
-def draw_digits(root: str = "", train: bool = True, download: bool = False) -> Namespace:
-    """Digits turned, shifted, scaled and sheared at random: .data (n, 28, 28), uint8, and .targets (n,)."""
-    n, font = 10_000 if train else 2_000, ImageFont.load_default(26)
-    affine = v2.RandomAffine(15, (0.05, 0.05), (0.85, 1.15), 10, v2.InterpolationMode.BILINEAR)
-    images = torch.empty(n, 28, 28, dtype=torch.uint8)
+# ---------------------------------------------------------------- devices and processes
+
+# Under torchrun each process trains on its share of every batch, with its own noise and batch-norm
+# statistics; gradients are averaged. Only the first process writes files and reports.
+WORLD = int(os.environ.get("WORLD_SIZE") or 1)  # the number of processes
+RANK = int(os.environ.get("RANK") or 0) if WORLD > 1 else 0  # this one's number
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name, tried, or the best one if it is "auto". Raises InputError."""
+    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    try:
+        device = torch.device(best if name == "auto" else name)
+        if WORLD > 1 and device.type != "cpu":
+            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+            device = torch.device(device.type)  # the one of that index
+        # 32 MB: once freed, glibc keeps as much memory from step to step, which makes steps faster.
+        torch.zeros(8_000_000, device=device)[0].item()
+    except (RuntimeError, AssertionError, ImportError) as e:
+        raise InputError(f"--device {name} does not work here ({e}); --device cpu does") from e
+    return device
+
+
+def average_gradients(model: nn.Module) -> None:
+    """Average the gradients over the processes of torchrun."""
+    if WORLD > 1:
+        for p in model.parameters():
+            if p.grad is not None:
+                dist.all_reduce(p.grad)
+                p.grad /= WORLD
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Move the averaged weights towards the model's.
+
+    At the first steps they move faster, so that the untrained weights do not stay in the average.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    for a, b in zip(average.state_dict().values(), model.state_dict().values()):
+        if a.is_floating_point():  # not batch norm's counter
+            a.lerp_(b, 1 - decay)
+
+
+def seed(*key: int | str) -> None:
+    """Seed torch from a key such as (seed, "step", 17), so that any step can be repeated by itself.
+
+    A resumed run therefore needs no saved random state.
+    """
+    torch.manual_seed(random.Random(repr(key)).getrandbits(64))
+
+
+def say(text: str) -> None:
+    """Print, in the first process. A print that fails does not stop the training."""
+    if RANK == 0:
+        with suppress(OSError, ValueError):  # a closed pipe; a terminal that cannot encode the text
+            print(text, flush=True)
+
+
+# ---------------------------------------------------------------- data
+
+TORCHVISION = {  # its class for each data set, and the folder that it creates
+    "mnist": (datasets.MNIST, "MNIST"),
+    "fashion_mnist": (datasets.FashionMNIST, "FashionMNIST"),
+    "cifar10": (datasets.CIFAR10, "cifar-10-batches-py"),
+}
+NAMED = ["digits", *TORCHVISION]
+
+
+def load_data(opt: Namespace, train: bool = True) -> tuple[Tensor, Tensor, list[str]]:
+    """Images, uint8 (N, channels, img_size, img_size), labels (N,) and the names of the classes.
+
+    A named data set has training and test images; of a folder, these are all images. Sets opt.dataset if
+    it is None. Raises InputError if there is no such data, or if it is damaged.
+    """
+    if opt.dataset is None:
+        opt.dataset = "mnist"
+        try:
+            download("mnist", opt.data_dir)
+        except InputError as e:
+            say(f"warning: {e}; using --dataset digits, which is built in")
+            opt.dataset = "digits"
+    if opt.dataset == "digits":
+        images, labels, classes = draw_digits(10_000 if train else 2000)
+    elif opt.dataset in TORCHVISION:
+        images, labels, classes = load_torchvision(opt.dataset, opt.data_dir, train)
+    else:
+        images, labels, classes = load_folder(opt)
+    if opt.channels not in (None, images.shape[1]):
+        images = v2.functional.rgb_to_grayscale(images, opt.channels)  # or grey in three channels
+    counts = Counter(labels.tolist())
+    per_class = ", ".join(f"{name}: {counts[k]}" for k, name in enumerate(classes))
+    say(f"{opt.dataset}: {len(images)} images ({shorten(per_class, 200)})")
+    return v2.functional.resize(images, [opt.img_size, opt.img_size]), labels, classes
+
+
+def load_torchvision(name: str, data_dir: str, train: bool) -> tuple[Tensor, Tensor, list[str]]:
+    download(name, data_dir)
+    dataset, folder = TORCHVISION[name]
+    try:
+        data = dataset(data_dir, train)
+    except Exception as e:  # torchvision raises many kinds
+        place = Path(data_dir, folder)
+        raise InputError(f'"{place}" is damaged or incomplete ({e}): remove it and start again') from e
+    images = torch.as_tensor(data.data)
+    images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    # MNIST's are called "0 - zero"; and they become names of folders.
+    classes = [name.split(" - ")[0].replace("/", " or ") for name in data.classes]
+    return images, torch.as_tensor(data.targets), classes
+
+
+def download(name: str, data_dir: str) -> None:
+    """Download a data set unless it is there. Raises InputError if that fails.
+
+    It is put in place in one go, so that no other process ever finds half of it.
+    """
+    dataset, folder = TORCHVISION[name]
+    place = Path(data_dir, folder)
+    reason = ""
+    if RANK == 0 and not place.exists():
+        timeout = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(20)  # seconds; a dead network should not block for ever
+        try:
+            Path(data_dir).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix="download-", dir=data_dir) as new:
+                dataset(new, download=True)
+                Path(new, folder).rename(place)
+        except Exception as e:  # torchvision raises many kinds
+            reason = shorten(str(e), 300)
+        finally:
+            socket.setdefaulttimeout(timeout)
+    if WORLD > 1:
+        dist.barrier()
+    if not place.exists():
+        raise InputError(f'{name} is not in "{data_dir}" and cannot be downloaded ({reason})')
+
+
+SPLITS = {"train", "test", "val", "valid", "validation"}
+
+
+def load_folder(opt: Namespace) -> tuple[Tensor, Tensor, list[str]]:
+    """The images of a folder, decoded once. A sub-folder is a class; without any, there is one class."""
+    root = Path(opt.dataset)
+    if not opt.dataset or not root.is_dir():
+        raise InputError(f"--dataset {opt.dataset}: neither a folder nor one of {', '.join(NAMED)}")
+    files, others = [], Counter()
+    for file in find_files(root):
+        if file.suffix.lower() in datasets.folder.IMG_EXTENSIONS:
+            files.append(file)
+        else:
+            others[file.suffix or file.name] += 1
+    if others:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in others.items())
+        say(f"warning: {root}: not read as images: {shorten(kinds, 200)}")
+    if not files:
+        raise InputError(f"--dataset {root}: no images there")
+    n_loose = sum(file.parent == root for file in files)
+    if 0 < n_loose < len(files):
+        raise InputError(f"--dataset {root}: {n_loose} images beside its sub-folders, which are the classes")
+    names = ["all" if n_loose else file.relative_to(root).parts[0] for file in files]
+    classes = sorted(set(names))
+    if not n_loose and SPLITS.issuperset(name.lower() for name in classes):
+        raise InputError(f"--dataset {root} holds {', '.join(classes)}, not classes: give one of them")
+
+    channels = opt.channels or 3
+    images = torch.empty(len(files), channels, opt.img_size, opt.img_size, dtype=torch.uint8)
+    damaged = []
+
+    def read(i: int) -> None:
+        try:
+            images[i] = read_image(files[i], opt.img_size, channels)
+        except Exception as e:  # Pillow raises many kinds
+            damaged.append(f"{files[i]} ({e})")
+
+    with ThreadPoolExecutor(opt.n_cpu) as pool:  # Pillow decodes in parallel
+        list(pool.map(read, range(len(files))))
+    if damaged:
+        text = shorten(", ".join(sorted(damaged)), 2000)
+        raise InputError(f"repair or remove what cannot be read: {text}")
+    return images, torch.tensor([classes.index(name) for name in names]), classes
+
+
+def find_files(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """The files in a folder and below, sorted. Skips hidden ones, and links back to a folder above."""
+    above |= {folder.resolve()}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if not path.is_dir():
+            yield path
+        elif path.resolve() not in above:
+            yield from find_files(path, above)
+
+
+def read_image(file: Path, img_size: int, channels: int) -> Tensor:
+    """An image, upright and cut to a square about its centre: uint8 (channels, img_size, img_size)."""
+    with Image.open(file) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith(("I", "F")):
+            raise ValueError("more than 8 bits per channel: convert it")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = ImageOps.fit(image.convert("RGB"), (img_size, img_size))
+        return v2.functional.pil_to_tensor(image.convert("L") if channels == 1 else image)
+
+
+def draw_digits(n: int) -> tuple[Tensor, Tensor, list[str]]:
+    """n digits of Pillow's font, rotated, shifted, scaled and sheared at random. n is the seed, too."""
+    font = ImageFont.load_default(26)
+    distort = v2.RandomAffine(15, (0.05, 0.05), (0.85, 1.15), 10, v2.InterpolationMode.BILINEAR)
+    images = []
     torch.manual_seed(n)
     for i in range(n):
         glyph = Image.new("L", (28, 28))
         ImageDraw.Draw(glyph).text((14, 14), str(i % 10), 255, font, anchor="mm")
-        images[i] = v2.functional.pil_to_tensor(affine(glyph))
-    return Namespace(data=images, targets=torch.arange(n) % 10)
+        images.append(v2.functional.pil_to_tensor(distort(glyph)))
+    return torch.stack(images), torch.arange(n) % 10, list("0123456789")
 
 
-DATASETS = dict(mnist=datasets.MNIST, fashion_mnist=datasets.FashionMNIST, cifar10=datasets.CIFAR10, digits=draw_digits)
+def make_loader(images: Tensor, labels: Tensor, batch_size: int) -> DataLoader:
+    """Shuffled batches of images in memory, without what is left over at the end of an epoch."""
+    if batch_size > len(images):
+        raise InputError(f"--batch_size {batch_size} is more than the {len(images)} training images")
+    if batch_size % WORLD or batch_size < 2 * WORLD:
+        raise InputError(f"--batch_size {batch_size}: {WORLD} processes need equal shares, 2 images or more")
+    data = TensorDataset(images, labels)
+    # The sampler yields lists of indices, so that a whole batch is looked up at once.
+    sampler = BatchSampler(RandomSampler(data), batch_size, drop_last=True)
+    return DataLoader(data, sampler=sampler, batch_size=None)
 
 
-def load_data(opt: Namespace, train: bool = True) -> tuple[Tensor, Tensor]:
-    """Images, uint8 (N, channels, img_size, img_size), and labels (N,). Adds to opt what the data decides."""
-    if RANK and not dist.is_initialized():
-        dist.init_process_group()  # waits for the first process, which joins in start() when it has the data
-    if opt.dataset in (None, *DATASETS):
-        name, classes = opt.dataset or "mnist", [str(k) for k in range(10)]
-        socket.setdefaulttimeout(20)  # seconds: a network that swallows packets ends, too
-        try:
-            data = DATASETS[name](opt.data_dir, train=train, download=True)
-        except Exception as e:  # of many kinds
-            text = f"{name} is not in {opt.data_dir}, nor to be downloaded ({' '.join(str(e).split())})"
-            if opt.dataset:
-                raise OSError(f"{text}; --dataset digits is built in") from e
-            print(f"warning: {text}; using --dataset digits", file=sys.stderr)
-            name, data = "digits", draw_digits(train=train)
-        images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
-        images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
-        opt.dataset, opt.channels = name, opt.channels or images.shape[1]
-        if images.shape[1] != opt.channels:
-            images = v2.functional.rgb_to_grayscale(images, opt.channels)  # or grey in three channels
-        images = v2.functional.resize(images, [opt.img_size, opt.img_size])
-    else:
-        if not Path(opt.dataset).is_dir() or Path(opt.dataset, "checkpoint.pt").exists():
-            raise OSError(f"--dataset {opt.dataset}: neither one of {', '.join(DATASETS)} nor a folder of images")
-        data = datasets.ImageFolder(opt.dataset, loader=functools.partial(read_image, opt=opt))
-        opt.channels, classes, labels = opt.channels or 3, data.classes, torch.tensor(data.targets)
-        images = torch.empty(len(data), opt.channels, opt.img_size, opt.img_size, dtype=torch.uint8)
-        workers = min(opt.n_cpu, os.cpu_count(), len(data) // 1000)  # fewer are not worth a process
-        for i, (part, _) in enumerate(DataLoader(data, 64, num_workers=workers)):
-            images[i * 64 : i * 64 + 64] = part
-    if opt.n_classes not in (None, len(classes)) or getattr(opt, "classes", classes) != classes:
-        raise OSError(f"--n_classes {opt.n_classes} {vars(opt).get('classes')}: the data has {len(classes)}, {classes}")
-    opt.n_classes, opt.classes = len(classes), classes
-    return images, labels
+# ---------------------------------------------------------------- runs
+
+CHECKPOINT_SECONDS = 30  # between checkpoints: a stop loses at most so much work
 
 
-def read_image(file: str, opt: Namespace) -> Tensor:
-    """An image, cut to a square about its centre: uint8 (channels, img_size, img_size)."""
+class Run:
+    """A run: its folder, its step and its log. A checkpoint holds step, log and the state of `parts`."""
+
+    def __init__(self, opt: Namespace, loader: DataLoader, **parts):
+        self.opt = opt
+        self.loader = loader
+        self.parts = parts
+        self.last_step = opt.n_epochs * len(loader)
+        self.step = 0
+        self.log = []
+        self.sums = {}  # of the metrics since the last record
+        self.n_steps = 0  # in the sums
+        self.start = time.perf_counter()  # minus the seconds trained before a stop
+        if opt.resume is not None:
+            self.folder = Path(opt.resume)
+            self.restore(read_checkpoint(self.folder))
+        else:
+            self.folder = new_folder(Path(opt.out_dir))
+        self.save()
+        say(
+            f"{opt.n_epochs} epochs of {len(loader)} steps, {self.step} steps done\n"
+            f'to continue after a stop: --resume "{self.folder}"'
+        )
+
+    def restore(self, state: dict) -> None:
+        """Go back to where a checkpoint was written. Raises InputError if the data is not the same."""
+        before = f"{state['n_images']} images of {', '.join(state['options']['classes'])}"
+        now = f"{len(self.loader.dataset)} images of {', '.join(self.opt.classes)}"
+        if now != before:
+            texts = f"{shorten(now, 300)}; the run was started with {shorten(before, 300)}"
+            raise InputError(f"{self.opt.dataset} has {texts}")
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.step = state["step"]
+        self.log = state["log"]
+        self.sums = state["sums"]
+        self.n_steps = state["n_steps"]
+        self.start -= state["seconds"]
+
+    def end_step(self, **metrics: Tensor) -> None:
+        """Count a step, and add up its metrics."""
+        self.step += 1
+        self.n_steps += 1
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach()
+
+    def record(self, **more: float) -> None:
+        """Log and print the means of the metrics since the last record, and the values in `more`."""
+        row = {"step": self.step, "epoch": round(self.step / len(self.loader), 2)}
+        row["seconds"] = round(time.perf_counter() - self.start, 2)
+        row |= {name: float(total) / self.n_steps for name, total in self.sums.items()} | more
+        self.log.append(row)
+        self.sums = {}
+        self.n_steps = 0
+        say("  ".join(f"{name} {value:.6g}" for name, value in row.items()) + f"  {self.time_left()}")
+
+    def time_left(self) -> str:
+        minutes_per_step = (time.perf_counter() - self.start) / self.step / 60
+        return f"{(self.last_step - self.step) * minutes_per_step:.1f} minutes left"
+
+    def save_if_due(self) -> None:
+        """Save if CHECKPOINT_SECONDS have passed, and say how much time is left."""
+        if time.perf_counter() > self.saved + CHECKPOINT_SECONDS:
+            self.save()
+            say(f"step {self.step}  {self.time_left()}")
+
+    def save(self) -> None:
+        """Write checkpoint.pt and log.csv. Raises InputError if the weights are not finite."""
+        self.saved = time.perf_counter()
+        for name, part in self.parts.items():
+            if isinstance(part, nn.Module) and not all(p.isfinite().all() for p in part.parameters()):
+                raise InputError(f"step {self.step}: {name} is not finite; start again with a lower --lr")
+        if RANK > 0:
+            return
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"script": SCRIPT, "n_images": len(self.loader.dataset), "step": self.step, "log": self.log}
+        state |= {"sums": self.sums, "n_steps": self.n_steps, "seconds": self.saved - self.start}
+        state["options"] = json.loads(json.dumps(vars(self.opt), default=str))  # a Path becomes a str
+        buffer = io.BytesIO()  # torch.save would hide that the disk is full
+        torch.save(state, buffer)
+        with replacing(self.folder / "checkpoint.pt") as file:
+            file.write_bytes(buffer.getbuffer())
+        if self.log:
+            with replacing(self.folder / "log.csv") as file, open(file, "w", newline="") as table:
+                writer = csv.DictWriter(table, self.log[-1], extrasaction="ignore")
+                writer.writeheader()
+                writer.writerows(self.log)
+
+    def save_grid(self, name: str, images: Tensor, n_columns: int) -> None:
+        """Save images (N, C, H, W) in [0, 1] as a grid, images/name_step.png."""
+        if RANK == 0:
+            (self.folder / "images").mkdir(exist_ok=True)
+            with replacing(self.folder / "images" / f"{name}_{self.step:08}.png") as file:
+                save_image(images, file, nrow=n_columns)
+
+    def finish(self, *names: str) -> None:
+        """Write the last checkpoint, and animate the grids of each name: at most 100, evenly spread."""
+        self.save()
+        for name in names:
+            paths = sorted(self.folder.glob(f"images/{name}_*.png"))
+            if RANK == 0 and paths:
+                chosen = torch.linspace(0, len(paths) - 1, min(len(paths), 100)).long()
+                first, *rest = [Image.open(paths[i]) for i in chosen]
+                with replacing(self.folder / f"{name}.gif") as file:
+                    first.save(file, save_all=True, append_images=rest, duration=100, loop=0)
+        say(f'done; to train longer: --resume "{self.folder}" --n_epochs N')
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Yields a temporary path, which replaces `file` at the end; if writing fails, `file` stays as it was."""
+    temporary = file.with_name(f".{os.getpid()}-{file.name}")
     try:
-        with Image.open(file) as image:
-            if image.mode[0] in "IF":  # Pillow would make them white
-                raise ValueError("more than 8 bits a channel")
-            image = ImageOps.fit(image.convert("L" if opt.channels == 1 else "RGB"), (opt.img_size, opt.img_size))
-            return v2.functional.pil_to_tensor(image)
-    except Exception as e:  # of many kinds
-        raise OSError(f"{file}: not a good image ({e}); repair or remove it") from e
+        yield temporary
+        temporary.replace(file)
+    except OSError as e:
+        raise OSError(f'"{file}" cannot be written ({e})') from e
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
 
 
-# --- block: run
-CHECKPOINT_SECONDS = 30  # at most so much is trained again after a stop
-
-
-def start(opt: Namespace, loader: DataLoader, **parts) -> Namespace:
-    """A new run, or the one to resume at its checkpoint, which holds `parts`; `done` counts batches."""
-    if len(loader) == 0 or opt.batch_size % WORLD or opt.batch_size < 2 * WORLD:
-        raise OSError(f"--batch_size {opt.batch_size}: above {len(loader.dataset)} images or not for {WORLD} processes")
-    if loader.dataset[0][0].is_floating_point():
-        raise TypeError("images must be uint8, from 0 to 255")
-    if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group()
-    run = Namespace(folder=Path(opt.resume or opt.out_dir), parts=parts, per_epoch=len(loader))
-    state = read_checkpoint(opt.resume) if opt.resume else dict(position=[0, len(loader), {}, [], 0.0])
-    run.done, per_epoch, run.totals, run.rows, seconds = state["position"]
-    if per_epoch != len(loader):
-        raise OSError(f"{opt.dataset} has {len(loader)} batches an epoch now, and had {per_epoch}: start a new run")
-    for name, part in parts.items() if opt.resume else ():
-        part.load_state_dict(state[name])
-    run.folder = run.folder if RANK or opt.resume else new_folder(run.folder, "images")
-    run.began = time.monotonic() - seconds
-    save(run, opt)
-    if RANK == 0:
-        print(f"{opt.dataset}: {len(loader)} batches an epoch, {run.done} done; writing to {run.folder}", flush=True)
-    return run
-
-
-def after_batch(run: Namespace, opt: Namespace, **losses: Tensor) -> None:
-    """Count a batch and add up its losses; now and then report, and write a checkpoint."""
-    before = run.totals if run.done % run.per_epoch else {}  # sums start anew with an epoch
-    run.done, run.totals = run.done + 1, {name: before.get(name, 0) + loss for name, loss in losses.items()}
-    if run.done % run.per_epoch:
-        if run.done % (50 if sys.stdout.isatty() else opt.sample_interval) == 0:
-            report(run, opt)
-        if time.monotonic() > run.saved + CHECKPOINT_SECONDS:
-            save(run, opt)
-
-
-def after_epoch(run: Namespace, opt: Namespace, **more: float) -> None:
-    """Add the epoch's row to log.csv, `more` in it, and write a checkpoint."""
-    run.rows, run.began = [*run.rows, report(run, opt, **more)], time.monotonic()
-    save(run, opt)
-
-
-def report(run: Namespace, opt: Namespace, **more: float) -> dict[str, float]:
-    """Print and return a row of log.csv: the epoch's mean losses so far, and `more`."""
-    n, seconds = (run.done - 1) % run.per_epoch + 1, time.monotonic() - run.began
-    row = dict(epoch=(run.done - n) // run.per_epoch + 1, batches_done=run.done)
-    row |= {name: float(total) / n for name, total in run.totals.items()} | more
-    row |= dict(seconds=round(seconds, 2), images_per_second=round(n * opt.batch_size / seconds))
-    if RANK == 0:
-        text = " ".join(f"{name} {round(value, 4)}" for name, value in row.items())
-        width = max(os.get_terminal_size().columns, 1) - 1 if sys.stdout.isatty() else 0  # over the last report
-        print(f"{text:{width}.{width}}" if width else text, end="\r" if width else "\n", flush=True)
-    return row
-
-
-def save(run: Namespace, opt: Namespace) -> None:
-    """Write checkpoint.pt, in one piece, and log.csv. If this fails, the old checkpoint stays."""
-    run.saved = time.monotonic()
-    if RANK:
-        return
-    weights = [p for part in run.parts.values() if isinstance(part, nn.Module) for p in part.parameters()]
-    if not all(torch.as_tensor(x).isfinite().all() for x in [*weights, *run.totals.values()]):
-        raise FloatingPointError(f"batch {run.done}: a loss or weight is not finite; start anew, with a lower --lr")
-    state = {name: part.state_dict() for name, part in run.parts.items()} | dict(script=SCRIPT, options=vars(opt))
-    state["position"] = [run.done, run.per_epoch, run.totals, run.rows, run.saved - run.began]
-    table = [*run.rows[:1], *(row.values() for row in run.rows)]  # first the keys
-    new = run.folder / "checkpoint.tmp"
+def read_checkpoint(folder: str | Path) -> dict:
+    """The checkpoint of a run. Raises InputError if it is missing, damaged or another script's."""
+    file = Path(folder, "checkpoint.pt")
+    if not file.exists():
+        raise InputError(f'"{folder}" is not the folder of a run: it has no checkpoint.pt')
     try:
-        torch.save(state, new)
-        new.replace(run.folder / "checkpoint.pt")
-        (run.folder / "log.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in table))
-    except (OSError, RuntimeError) as e:  # torch raises the latter for a full disk
-        new.unlink(missing_ok=True)
-        raise OSError(f"{run.folder}: checkpoint.pt cannot be written ({e}); the last one stays") from e
-
-
-def read_checkpoint(run: str | Path) -> dict:
-    """The checkpoint in a run's folder. Raises OSError if it is missing, damaged or another script's."""
-    try:
-        state = torch.load(Path(run, "checkpoint.pt"), map_location="cpu", weights_only=True)
-        if state["script"] != SCRIPT:
-            raise ValueError(f"made by {state['script']}.py")
-    except Exception as e:  # of many kinds
-        raise OSError(f"{run}/checkpoint.pt is not one of {SCRIPT}.py ({' '.join(repr(e).split())})") from e
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        script = state["script"]
+    except Exception as e:  # torch and pickle raise many kinds
+        raise InputError(f'"{file}" cannot be read ({shorten(repr(e), 300)})') from e
+    if script != SCRIPT:
+        raise InputError(f'"{folder}" is a run of {script}.py: use that, not {SCRIPT}.py')
     return state
 
 
-def new_folder(path: Path, inside: str = "") -> Path:
-    """Make path/inside and return path; if path is in use, path-2, path-3, ...: nothing is overwritten."""
-    folder, n = path, 1
-    while any(folder.glob("*")):
-        n += 1
-        folder = path.parent / f"{path.name or 'run'}-{n}"
-    (folder / inside).mkdir(parents=True, exist_ok=not inside)
+def new_folder(path: Path) -> Path:
+    """Make the folder path, or path-2, path-3, ... if it exists: nothing is overwritten.
+
+    Under torchrun the first process makes it, and all return its name.
+    """
+    folder = path
+    n = 1
+    while RANK == 0:
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            if not folder.is_dir():
+                raise
+            n += 1
+            folder = path.parent / f"{path.name or 'run'}-{n}"
+    if WORLD > 1:
+        names = [str(folder)]
+        dist.broadcast_object_list(names)
+        folder = Path(names[0])
     return folder
 
 
-def save_grid(run: Namespace, images: Tensor, columns: int, name: str = "sample") -> None:
-    """Save images (N, C, H, W) in [0, 1] as a grid, named after run.done."""
-    if RANK == 0:
-        new = run.folder / "grid.tmp"
-        utils.save_image(images, new, nrow=columns, format="png")
-        new.replace(run.folder / "images" / f"{name}_{run.done:06}.png")
-
-
-def finish(run: Namespace, **gifs: str) -> None:
-    """Make a GIF of the grids of each name, at most 100, evenly spread, and say how to go on."""
-    for name, file in gifs.items() if RANK == 0 else ():
-        paths = sorted(run.folder.glob(f"images/{name}_*.png"), key=lambda path: (len(path.name), path))
-        frames = [Image.open(path) for path in paths[:: -(len(paths) // 100 + 1)]][::-1]  # ends with the last
-        if frames:
-            frames[0].save(run.folder / file, save_all=True, append_images=frames[1:], duration=100, loop=0)
-            print(f"\n{run.folder / file}; to go on: python {Path(__file__).name} --resume {run.folder}")
-
-
 def main() -> None:
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without UTF-8
     try:
         opt = parse_args()
-        act = encode if opt.encode is not None else decode if opt.decode is not None else train
-        generate(opt) if opt.generate else act(opt)
-    except (OSError, FloatingPointError) as e:  # its last line: a worker's traceback stands before it
-        sys.exit(f"{SCRIPT}.py: error: {str(e).splitlines()[-1]}")
+        if opt.generate:
+            generate(opt)
+        else:
+            train(opt)
+    except OSError as e:
+        sys.exit(f"{SCRIPT}.py: error: {' '.join(str(e).split())}")
     except KeyboardInterrupt:
+        say("\nstopped; a run that has begun continues with --resume RUN")
         sys.exit(130)
 
 

@@ -1,4 +1,6 @@
-"""What the tests share: the scripts as modules, a small folder of images, and ways to run a script as users do."""
+"""What the tests share: the scripts as modules, a small folder of images, and ways to run a script as
+users do.
+"""
 
 import functools
 import importlib
@@ -7,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +17,8 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-SCRIPTS = ["vae", "gan", "cgan", "vqvae", "pixelcnn"]
-torch.set_num_threads(1)  # small networks gain nothing from more, and some processes that tests start run beside them
+SCRIPTS = ["vae", "gan", "cgan", "vqvae", "pixelcnn", "pixelcnnpp"]
+torch.set_num_threads(1)  # small networks gain nothing from more
 
 # MNIST cannot be downloaded during the tests, on any machine: nothing listens there.
 os.environ |= dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
@@ -24,21 +27,9 @@ os.environ |= dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_P
 @pytest.fixture(scope="session", autouse=True)
 def digits_once():
     """Drawing the digits takes seconds, and they are always the same: in this process it is done once."""
-    draw = functools.cache(lambda train: importlib.import_module("cgan").draw_digits(train=train))
+    draw = functools.cache(importlib.import_module("cgan").draw_digits)
     for name in SCRIPTS:
-        importlib.import_module(name).DATASETS["digits"] = lambda root, train, download: draw(train)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def begun(request, images, tmp_path_factory):
-    """Processes that begin with the first test of all, as they take long, and are waited for by test_torchrun.py."""
-    module = next((item.module for item in request.session.items if item.path.name == "test_torchrun.py"), None)
-    folder = tmp_path_factory.mktemp("begun")
-    processes = module.begin(folder, images) if module else []
-    yield folder, processes
-    for child in processes:
-        child.terminate()  # if it was not waited for: torchrun ends its workers, too
-        child.communicate()
+        importlib.import_module(name).draw_digits = draw
 
 
 @pytest.fixture(params=SCRIPTS)
@@ -48,12 +39,24 @@ def script(request):
 
 
 @pytest.fixture
+def script_name(request):
+    """The script of this test: one of all, or the one that the file is about."""
+    if "script" in request.fixturenames:
+        return request.node.callspec.params["script"]
+    name = request.module.__name__.removeprefix("test_")
+    return name if name in SCRIPTS else "cgan"
+
+
+@pytest.fixture
 def cgan():
+    """The script that stands for all where the plumbing is tested."""
     return importlib.import_module("cgan")
 
 
-def make_folder(folder: Path, classes=("blue", "green", "red"), per_class=18, size=(12, 12), mode="RGB") -> Path:
-    """Images of one colour a class, each a little different."""
+def make_folder(
+    folder: Path, classes=("blue", "green", "red"), per_class=18, size=(12, 12), mode="RGB"
+) -> Path:
+    """Images of one colour per class, each a little different."""
     random = torch.Generator().manual_seed(0)
     for k, name in enumerate(classes):
         (folder / name).mkdir(parents=True)
@@ -70,41 +73,69 @@ def images(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("data") / "images")
 
 
-SMALL = ["--batch_size", "8", "--img_size", "16", "--sample_interval", "4"]
+SMALL = ["--batch_size", "8", "--img_size", "16", "--sample_interval", "4", "--device", "cpu"]
 SMALLER = {name: ["--latent_dim", "4"] for name in ("vae", "gan", "cgan", "vqvae")}
-SMALLER["vae"] += ["--arch", "mlp", "--warmup", "9"]
+SMALLER["vae"] += ["--arch", "mlp"]
 SMALLER["vqvae"] += ["--hidden_dim", "8", "--residual_dim", "4", "--n_embeddings", "16"]
-SMALLER["pixelcnn"] = ["--hidden_dim", "8", "--n_layers", "1", "--channels", "1", "--img_size", "8"]
+SMALLER["pixelcnn"] = ["--hidden_dim", "8", "--n_layers", "1", "--img_size", "8"]
+SMALLER["pixelcnnpp"] = ["--hidden_dim", "8", "--n_layers", "1", "--img_size", "8"]
 
 
 @pytest.fixture
 def small(script_name, images, tmp_path, monkeypatch):
-    """Options of a short training, 6 batches an epoch (some scripts hold out every tenth image), in an empty folder."""
+    """Options of a short training, 6 steps per epoch (some scripts hold out every tenth image), in an
+    empty folder.
+    """
     monkeypatch.chdir(tmp_path)
-    return ["--dataset", str(images), *SMALL, *SMALLER.get(script_name, [])]
+    return ["--dataset", str(images), *SMALL, *SMALLER[script_name]]
 
 
 @pytest.fixture
 def trained(script, small, tmp_path_factory):
-    """runs/NAME as `small` leaves it after one epoch: trained once a script, then copied."""
+    """runs/NAME as `small` leaves it after one epoch: trained once per script, then copied."""
     kept = tmp_path_factory.getbasetemp() / "trained" / script.__name__
     if not kept.exists():
-        shutil.copytree(script.train(script.parse_args([*small, "--n_epochs", "1", "--out_dir", "new"])), kept)
+        shutil.copytree(
+            script.train(script.parse_args([*small, "--n_epochs", "1", "--out_dir", "new"])), kept
+        )
         shutil.rmtree("new")
     return shutil.copytree(kept, Path("runs", script.__name__))
 
 
 @pytest.fixture
-def script_name(request):
-    """The script of this test: one of all, or the one that the file is about."""
-    if "script" in request.fixturenames:
-        return request.node.callspec.params["script"]
-    return request.module.__name__.removeprefix("test_")
+def recorded(monkeypatch):
+    """recorded(script, *names) has these network classes of a script note what happens to them in training.
+
+    Gives an object for each: `before`, the network as it was made, and `inputs`, those of each forward pass.
+    """
+
+    def record(script, name):
+        note = SimpleNamespace(before=None, inputs=[])
+        network_class = getattr(script, name)
+
+        class Recorded(network_class):
+            def __init__(self, *arguments):
+                super().__init__(*arguments)
+                if note.before is None:
+                    note.before = network_class(*arguments)
+                    note.before.load_state_dict(self.state_dict())
+
+            def forward(self, *inputs):
+                if self.training:
+                    note.inputs.append(inputs)
+                return super().forward(*inputs)
+
+        monkeypatch.setattr(script, name, Recorded)
+        return note
+
+    return lambda script, *names: [record(script, name) for name in names]
 
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Call a script as its command line would: command(script, *arguments) -> exit status, lines on stderr."""
+    """Call a script as its command line would: command(script, *arguments) -> exit status, lines on
+    stderr.
+    """
 
     def call(script, *arguments):
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
@@ -123,13 +154,15 @@ def command(monkeypatch, capsys):
 
 @pytest.fixture
 def refused(command):
-    """Call a script as `command` does: it must fail, with all of `says` in one line, after argparse's usage if any."""
+    """Call a script as `command` does: it must fail, with all of `says` in one line, after argparse's
+    usage if any.
+    """
 
     def call(script, *arguments, says=()):
         status, lines = command(script, *arguments)
         assert status in (1, 2), lines
         assert lines[-1].startswith(f"{script.__name__}.py: error: "), lines
-        assert len(lines) == 1 or lines[0].startswith("usage: ") and status == 2, lines
+        assert len(lines) == 1 or (len(lines) == 2 and lines[0].startswith("usage: ") and status == 2), lines
         assert all(str(word) in lines[-1] for word in says), lines[-1]
 
     return call
@@ -144,3 +177,8 @@ def run_script(path: Path, *arguments, cwd: Path, **environment) -> subprocess.C
         capture_output=True,
         text=True,
     )
+
+
+def checkpoint(run) -> dict:
+    """What a run has saved."""
+    return torch.load(Path(run, "checkpoint.pt"), weights_only=True)

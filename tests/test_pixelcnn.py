@@ -1,15 +1,17 @@
-"""pixelcnn.py: it is a distribution, no position sees a later one, and what is drawn follows the probabilities."""
+"""pixelcnn.py: its networks are those of the papers and sum to 1; drawing; runs on images and on codes."""
 
 import csv
 import itertools
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, SMALLER, make_folder
+from conftest import checkpoint, make_folder
 from PIL import Image
+from torch.nn import functional as F
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 
@@ -20,521 +22,422 @@ def pixelcnn():
     return pixelcnn
 
 
-ARCHES = ["pixelcnn", "gated", "plusplus"]
-EVERY = torch.tensor(list(itertools.product((0, 1), repeat=16))).view(-1, 1, 4, 4)  # all binary images of 4x4
+ARCHES = ["pixelcnn", "gated"]
+EVERY = torch.tensor(list(itertools.product((0, 1), repeat=16))).view(
+    -1, 1, 4, 4
+)  # all binary images of 4 x 4
 
 
-def tiny(pixelcnn, arch, n_values=2, size=4, n_layers=2, n_classes=0, steps=20, channels=1, likelihood="softmax"):
-    """A small network in float64 that has taken some training steps, so that nothing is as it began."""
+def network(pixelcnn, arch, n_values=2, size=4, hidden_dim=4, n_layers=2, n_classes=0):
     torch.manual_seed(0)
-    model = pixelcnn.PixelCNN(arch, likelihood, n_values, channels, size, 4, n_layers, 0.0, n_classes).double()
+    kind = {"pixelcnn": pixelcnn.MaskedPixelCNN, "gated": pixelcnn.GatedPixelCNN}[arch]
+    return kind(n_values, size, hidden_dim, n_layers, n_classes)
+
+
+def trained_network(pixelcnn, arch, n_values=2, size=4, n_layers=2, n_classes=0):
+    """A small network in float64 that has taken some training steps, so that nothing is as it began."""
+    model = network(pixelcnn, arch, n_values, size, n_layers=n_layers, n_classes=n_classes).double()
     optimizer = torch.optim.Adam(model.parameters(), 0.02)
-    for _ in range(steps):
-        x = torch.randint(n_values, (16, channels, size, size))
+    for _ in range(20):
+        x = torch.randint(n_values, (16, 1, size, size))
         x[:, :, 1:] = x[:, :, :1]  # columns
-        pixelcnn.train_step(model, optimizer, x, torch.arange(16) % n_classes if n_classes else None)
-    model.conditional = n_classes > 0
+        labels = torch.arange(16) % n_classes if n_classes else None
+        loss = -model.log_prob(x, labels).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
     return model.eval().requires_grad_(False)
 
 
-def probabilities(model, k):
-    """Of all binary images of 4x4, given class k."""
-    parts = EVERY.split(1024)
-    labels = [torch.full((len(part),), k) if model.conditional else None for part in parts]
-    return torch.cat([model.log_prob(part, y).double().exp() for part, y in zip(parts, labels)])
+def probabilities(model, label=None):
+    """p(x | label) of all binary images of 4 x 4."""
+    p = []
+    for part in EVERY.split(4096):
+        labels = None if label is None else torch.full((len(part),), label)
+        p.append(model.log_prob(part, labels).double().exp())
+    return torch.cat(p)
 
 
-# ---------------------------------------------------------------- the probability
+def which_it_sees(model, x, i, j):
+    """Whether a change of each position's embedding changes the logits of position (i, j)."""
+    embedded = []
+
+    def keep(module, args, output):
+        output.requires_grad_().retain_grad()
+        embedded.append(output)
+
+    handle = model.embed.register_forward_hook(keep)
+    model(x)[0, :, i, j].sum().backward()
+    handle.remove()
+    seen = torch.zeros(x.shape[2:])
+    for e in embedded:  # gated embeds for each of its stacks
+        seen += e.grad[0].abs().sum(-1)
+    return seen > 0
 
 
-@pytest.mark.parametrize(
-    "arch, n_classes", [("pixelcnn", 0), ("pixelcnn", 3), ("gated", 0), ("gated", 3), ("plusplus", 3)]
-)
+# ---------------------------------------------------------------- the networks
+
+
+@pytest.mark.parametrize("n_classes", [0, 3])
+@pytest.mark.parametrize("arch", ARCHES)
 def test_the_probabilities_of_all_images_add_up(pixelcnn, arch, n_classes):
-    model = tiny(pixelcnn, arch, n_layers=1 if arch == "plusplus" else 2, n_classes=n_classes).float()
-    found = [probabilities(model, k) for k in range(2 if n_classes and arch != "plusplus" else 1)]  # it takes longer
-    for p in found:
-        assert p.sum().item() == pytest.approx(1, abs=1e-4)
-        assert p.max() > 3 / len(EVERY)  # it has learnt something
-    assert len(found) == 1 or not torch.equal(*found)
+    model = trained_network(pixelcnn, arch, n_layers=1, n_classes=n_classes).float()
+    p = probabilities(model, 0 if n_classes else None)
+    assert p.sum().item() == pytest.approx(1, abs=1e-4)
+    assert p.max() > 3 / len(EVERY)  # it has learnt something
+    if n_classes:
+        labels = torch.tensor([0, 1, 2])
+        assert len(model.log_prob(EVERY[:1].expand(3, -1, -1, -1), labels).unique()) == 3
 
 
 @pytest.mark.parametrize("arch", ARCHES)
 def test_no_position_sees_a_later_one(pixelcnn, arch):
-    """Gradients of a position's features in the vectors of all: none from itself or from later ones."""
     size = 12
-    model = tiny(pixelcnn, arch, n_values=5, size=size, n_layers=3 if arch != "plusplus" else 1)
-    e = model.embed(torch.randint(5, (1, size, size))).movedim(-1, 1).requires_grad_()
-    out = model.stack(e, None)
-    for i, j in [(0, 0), (0, 5), (5, 0), (6, 4), (7, 3), (8, 8), (9, 11), (10, 10), (11, 11)]:
-        seen = torch.autograd.grad(out[0, :, i, j].sum(), e, retain_graph=True)[0].abs().sum((0, 1)) > 0
+    model = trained_network(pixelcnn, arch, n_values=5, size=size, n_layers=3)
+    x = torch.randint(5, (1, 1, size, size))
+    row = torch.arange(size)[:, None]
+    column = torch.arange(size)
+    for i, j in [(0, 0), (0, 5), (5, 0), (7, 3), (8, 8), (9, 11), (11, 11)]:
+        seen = which_it_sees(model, x, i, j)
         before = torch.arange(size**2).view(size, size) < i * size + j
         assert not (seen & ~before).any()
-        rows, columns = torch.arange(size)[:, None], torch.arange(size)
-        near = before & (rows >= i - 3) & (abs(columns - j) <= 3)  # what the first filter reaches
+        near = before & (row >= i - 3) & (abs(column - j) <= 3)  # what the first layer reaches
         assert (seen | ~near).all()
-        if arch == "pixelcnn":  # what is up and to the right, further than that and one a layer a row, is never seen
-            assert not (seen & before & (columns - j > 3 + (i - rows).clamp(max=3))).any()
-        elif arch == "gated":  # each of the 3 layers reaches one position further
-            assert not (seen & ((rows < i - 6) | (abs(columns - j) > 6))).any()
+        far = (row < i - 6) | (abs(column - j) > 6)  # each of the 3 layers reaches one position further
+        assert not (seen & far).any()
 
 
-def test_the_sizes_of_plusplus(pixelcnn):
-    """As many blocks on the whole, half and quarter size, down and up; what goes up sees what came down."""
-    seen, given = [], []
-    stack = pixelcnn.PixelCNN("plusplus", "softmax", 3, 1, 16, 8, 2, 0.5, 0).stack
-    for block in stack.modules():
-        if isinstance(block, pixelcnn.PlusPlusBlock):
-            block.register_forward_hook(lambda block, args, out: seen.append(out))
-            block.register_forward_pre_hook(lambda block, args: given.append(args))
-    stack(torch.randn(2, 3, 16, 16), None)
-    sizes = [n for n in (16, 16, 8, 8, 4, 4, 4, 4, 8, 8, 16, 16) for _ in "ud"]
-    assert [out.shape[2:] for out in seen] == [(n, n) for n in sizes]
-    xs, cuts, *_ = zip(*given)
-    assert all(x is out for x, out in zip(xs[2:], seen))  # each of the two streams is one chain
-    for k in range(0, 12, 2):  # u and ul, going down and, in reverse, up
-        (u, ul), up = seen[k : k + 2], 22 - k
-        assert cuts[k] is None and cuts[k + 1] is u and cuts[up] is u
-        assert torch.equal(cuts[up + 1], torch.cat([seen[up], ul], 1))
-    assert all(m.p == 0.5 for m in stack.modules() if isinstance(m, torch.nn.Dropout))
-    for m in stack.modules():
-        if isinstance(m, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
-            assert torch.nn.utils.parametrize.is_parametrized(m, "weight")
-            outputs = m.weight if isinstance(m, torch.nn.Conv2d) else m.weight.transpose(0, 1)
-            torch.testing.assert_close(outputs.flatten(1).norm(dim=1), torch.ones(len(outputs)))
+@pytest.mark.parametrize("arch", ARCHES)
+def test_the_blind_spot(pixelcnn, arch):
+    """With enough layers all that came before is seen; but by pixelcnn not what is far to the right."""
+    model = trained_network(pixelcnn, arch, n_values=3, size=12, n_layers=9)
+    seen = which_it_sees(model, torch.randint(3, (1, 1, 12, 12)), 11, 2)
+    assert seen[8:11, :6].all()
+    assert seen[10, 6:].any() == (arch == "gated")
+    assert seen[:11].all() == (arch == "gated")
 
 
-@pytest.mark.parametrize("arch", ["pixelcnn", "gated"])
-def test_the_mixtures_last_filter_and_whole_channels(pixelcnn, arch):
-    """A 1x1 filter of the ELU, in any arch; dropout, but in plusplus, leaves out whole channels."""
+def test_a_masked_convolution(pixelcnn):
     torch.manual_seed(0)
-    model, h = pixelcnn.PixelCNN(arch, "logistic", 256, 3, 8, 6, 1, 0.5, 0), torch.randn(2, 6, 5, 5)
-    wanted = torch.nn.functional.conv2d(torch.nn.functional.elu(h), model.out[1].weight, model.out[1].bias)
-    torch.testing.assert_close(model.out(h), wanted)
-    kept = model.stack.dropout(torch.ones(4, 6, 5, 5)).flatten(2)
-    assert (kept == kept[:, :, :1]).all() and {*kept.unique().tolist()} == {0, 2}
+    conv = pixelcnn.MaskedConv(2, 3, 3, n_seen=5)
+    weight = conv.weight.clone()
+    weight[:, :, 1, 2] = 0
+    weight[:, :, 2] = 0
+    x = torch.randn(4, 2, 6, 6)
+    torch.testing.assert_close(conv(x), F.conv2d(x, weight, conv.bias, padding=1))
 
 
-def test_a_block_of_plusplus(pixelcnn):
-    """By hand: x + a sigmoid(b), with ELUs of x and -x, dropout before the second filter, and the label after it."""
-    torch.manual_seed(0)
-    block = pixelcnn.PlusPlusBlock(2, 3, "", 4, 0.5, 2).eval()
-    block.label.data.normal_()
-    x, more, seen = torch.randn(5, 4, 8, 8), torch.randn(5, 3, 8, 8), []
-    block.second.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
-
-    def both(x):
-        return torch.cat([torch.nn.functional.elu(x), torch.nn.functional.elu(-x)], 1)
-
-    def conv(m, x):  # it sees one row above and one column to the left
-        return torch.nn.functional.conv2d(torch.nn.functional.pad(x, (1, 0, 1, 0)), m.weight, m.bias)
-
-    h = conv(block.first, both(x)) + torch.nn.functional.conv2d(both(more), block.more.weight, block.more.bias)
-    a, b = (conv(block.second, both(h)) + block.label[1][:, None, None]).chunk(2, 1)
-    torch.testing.assert_close(block(x, more, torch.ones(5, dtype=int), None), x + a * b.sigmoid())
-    block.train()(x, more, torch.ones(5, dtype=int), None)
-    torch.testing.assert_close(seen[1][seen[1] != 0], 2 * seen[0][seen[1] != 0])
-    assert 0.4 < (seen[1] == 0).float().mean() < 0.6
+def out_by_hand(model, h):
+    _, first, _, second = model.out
+    return F.conv2d(F.conv2d(h.relu(), first.weight, first.bias).relu(), second.weight, second.bias)
 
 
-def test_the_masks(pixelcnn):
-    for own in (False, True):
-        mask = pixelcnn.MaskedConv(1, 1, 3, own).mask
-        assert mask.tolist() == [[1, 1, 1], [1, own, 0], [0, 0, 0]]
+def randomize(model):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.5)
+
+
+def test_pixelcnn_is_that_of_the_paper(pixelcnn):
+    """arXiv:1601.06759, figure 5, by hand; and the biases of the position and the label."""
+    model = network(pixelcnn, "pixelcnn", n_values=3, size=5, n_layers=2, n_classes=2)
+    randomize(model)
+    x = torch.randint(3, (6, 1, 5, 5))
+    labels = torch.arange(6) % 2
+    h = model.first(model.embed.weight[x[:, 0]].permute(0, 3, 1, 2)) + model.position_bias
+    for block, biases in zip(model.blocks, model.label_biases):
+        _, down, _, masked, _, up = block
+        f = (h + biases[labels].view(6, 4, 1, 1)).relu()
+        f = F.conv2d(f, down.weight, down.bias).relu()
+        f = masked(f).relu()
+        h = h + F.conv2d(f, up.weight, up.bias)
+    torch.testing.assert_close(model(x, labels), out_by_hand(model, h))
+
+
+def test_gated_is_that_of_the_paper(pixelcnn):
+    """arXiv:1606.05328, figure 2 and equation 4, by hand; and the bias of the position."""
+    model = network(pixelcnn, "gated", n_values=3, size=5, n_layers=2, n_classes=2)
+    randomize(model)
+    x = torch.randint(3, (6, 1, 5, 5))
+    labels = torch.arange(6) % 2
+    e = model.embed.weight[x[:, 0]].permute(0, 3, 1, 2)
+    v = F.conv2d(F.pad(e, (3, 3, 3, 0)), model.first_vertical.weight, model.first_vertical.bias)[:, :, :5]
+    v = v + model.position_bias
+    h = F.conv2d(F.pad(e, (3, 0)), model.first_horizontal.weight, model.first_horizontal.bias)[:, :, :, :5]
+    for layer in model.layers:
+        both = F.conv2d(F.pad(v, (1, 1, 1, 0)), layer.vertical.weight, layer.vertical.bias)
+        both = both + layer.label_bias[labels].view(6, 8, 1, 1)
+        v = both[:, :4].tanh() * both[:, 4:].sigmoid()
+        two = F.conv2d(F.pad(h, (1, 0)), layer.horizontal.weight, layer.horizontal.bias)
+        two = two + F.conv2d(both, layer.to_horizontal.weight, layer.to_horizontal.bias)
+        new = two[:, :4].tanh() * two[:, 4:].sigmoid()
+        h = h + F.conv2d(new, layer.residual.weight, layer.residual.bias)
+    torch.testing.assert_close(model(x, labels), out_by_hand(model, h))
 
 
 @pytest.mark.parametrize("arch", ARCHES)
 def test_everything_is_learnt(pixelcnn, arch):
-    """The vectors of the values, the biases of the positions and, in every layer, both halves of the labels'."""
-    torch.manual_seed(0)
-    model = pixelcnn.PixelCNN(arch, "softmax", 3, 1, 4, 16, 3, 0.0, 2)
+    """The embeddings, the biases of positions and, in every layer, those of both labels."""
+    model = network(pixelcnn, arch, n_values=3, hidden_dim=16, n_layers=3, n_classes=2)
     x = torch.randint(3, (20, 1, 4, 4))
-    pixelcnn.train_step(model, torch.optim.SGD(model.parameters(), 0.1), x, torch.arange(20) % 2)
+    model.log_prob(x, torch.arange(20) % 2).sum().backward()
     for name, p in model.named_parameters():
-        first, second = p.grad.flatten(1).chunk(2, 1) if p[0].numel() > 1 else (p.grad, p.grad)
-        assert first.any() and second.any(), name
-    labels = [name for name, p in model.named_parameters() if "label" in name and p.shape[0] == 2]
-    assert len(labels) == (36 if arch == "plusplus" else 3)
-
-
-def test_dropout_reaches_the_network(pixelcnn, small):
-    for arch, given, wanted in (("gated", ["--dropout", "0.4"], 0.4), ("plusplus", [], 0.5), ("pixelcnn", [], 0)):
-        run = pixelcnn.train(
-            pixelcnn.parse_args([*small, "--n_epochs", "0", "--img_size", "4", "--arch", arch, *given])
-        )
-        stack = pixelcnn.load(run).stack
-        drops = [m.p for m in stack.modules() if isinstance(m, (torch.nn.Dropout, torch.nn.Dropout2d))]
-        assert drops and set(drops) == {wanted}
-
-
-def test_the_blind_spot(pixelcnn):
-    """With enough layers, all that came before is seen, but for pixelcnn the upper right."""
-    for arch, sees in (("pixelcnn", False), ("gated", True), ("plusplus", True)):
-        model = tiny(pixelcnn, arch, n_values=3, size=12, n_layers=2 if arch == "plusplus" else 9, steps=1)
-        e = model.embed(torch.randint(3, (1, 12, 12))).movedim(-1, 1).requires_grad_()
-        out = model.stack(e, None)
-        seen = torch.autograd.grad(out[0, :, 11, 2].sum(), e)[0].abs().sum((0, 1)) > 0
-        assert seen[10, 7:].any() == sees and seen[8].any()
-        assert seen[:11].all() == sees
+        assert p.grad.any(), name
+        if "label" in name:
+            assert p.grad.flatten(0, -2).any(dim=1).all(), name
 
 
 @pytest.mark.parametrize("arch", ARCHES)
-@pytest.mark.parametrize("likelihood, n_values, channels", [("softmax", 6, 1), ("logistic", 256, 3)])
-def test_log_prob_is_the_sum_of_the_conditionals(pixelcnn, arch, likelihood, n_values, channels):
-    """Of each position given those before it, computed one at a time with the later ones set to something else."""
-    model = tiny(pixelcnn, arch, n_values, channels=channels, likelihood=likelihood)
-    x = torch.randint(n_values, (3, channels, 4, 4))
+def test_log_prob_is_the_sum_of_the_conditionals(pixelcnn, arch):
+    """Of each position given those before it, one at a time, with the later ones set to something else."""
+    model = trained_network(pixelcnn, arch, n_values=6)
+    x = torch.randint(6, (3, 1, 4, 4))
     total = torch.zeros(3, dtype=torch.float64)
     for i, j in itertools.product(range(4), repeat=2):
-        other = torch.randint(n_values, x.shape)
-        keep = (torch.arange(16) < 4 * i + j).view(4, 4)
-        out, value = model(torch.where(keep, x, other))[:, :, i, j], x[:, :, i, j]
-        if likelihood == "logistic":
-            total += pixelcnn.logistic_log_prob(out, value)
-        else:
-            total += out.log_softmax(1)[torch.arange(3), value[:, 0]]
+        before = (torch.arange(16) < 4 * i + j).view(4, 4)
+        logits = model(torch.where(before, x, torch.randint(6, x.shape)))[:, :, i, j]
+        total += torch.distributions.Categorical(logits=logits).log_prob(x[:, 0, i, j])
     torch.testing.assert_close(model.log_prob(x).double(), total, rtol=1e-5, atol=1e-5)
 
 
-def test_grey_levels_in_0_to_1_are_refused(pixelcnn):
-    """They would all be the value 0."""
-    for likelihood in ("softmax", "logistic"):
-        model = tiny(pixelcnn, "gated", 256, likelihood=likelihood, steps=0)
-        with pytest.raises(TypeError, match="0 to 255"):
-            model.log_prob(torch.rand(2, 1, 4, 4))
-        with pytest.raises(TypeError, match="0 to 255"):
-            model.sample(2, given=torch.rand(2, 1, 4, 4), rows=2)
-
-
 def test_the_test(pixelcnn):
-    model = tiny(pixelcnn, "gated")
-    x = EVERY[::60]
+    model = trained_network(pixelcnn, "gated")
+    x = EVERY[::300]  # 219, so that the last part is a smaller one
     row = pixelcnn.test(model, x, torch.zeros(len(x)))
     nats = -model.log_prob(x).mean().item()
     assert row["test_nats"] == pytest.approx(nats, rel=1e-5)
     assert row["test_bits_per_dim"] == pytest.approx(nats / math.log(2) / 16, rel=1e-5)
 
 
-# ---------------------------------------------------------------- the mixture of logistics
-
-
-def mixtures(n, channels, seed=0, extreme=1.0):
-    """Parameters of n mixtures of 5, float64: means all over [-1, 1] and beyond, scales from sharp to flat."""
-    torch.manual_seed(seed)
-    size = 1 + 2 * channels + channels * (channels - 1) // 2
-    out = torch.randn(n, 5, size, dtype=torch.float64)
-    out[:, :, 1 + channels : 1 + 2 * channels] = out[:, :, 1 + channels : 1 + 2 * channels] * 2 - 3  # of scales
-    return (extreme * out).flatten(1)
-
-
-def by_distributions(out, x):
-    """p(x) of values x (N, C) as differences of cumulative distribution functions."""
-    n, c = x.shape
-    out = out.view(n, 5, -1)
-    share = out[:, :, 0].softmax(1)
-    scaled, p = x.double() / 127.5 - 1, share
-    for k in range(c):
-        mean, log_scale = out[:, :, 1 + k], out[:, :, 1 + c + k].clamp(-7, 7)
-        if k == 1:
-            mean = mean + out[:, :, 1 + 2 * c].tanh() * scaled[:, :1]
-        if k == 2:
-            mean = mean + out[:, :, 8].tanh() * scaled[:, :1] + out[:, :, 9].tanh() * scaled[:, 1:2]
-        logistic = torch.distributions.TransformedDistribution(
-            torch.distributions.Uniform(torch.zeros_like(mean), torch.ones_like(mean)),
-            [
-                torch.distributions.SigmoidTransform().inv,
-                torch.distributions.AffineTransform(mean, log_scale.exp()),
-            ],
-            validate_args=False,
-        )
-        value, edge = scaled[:, k : k + 1], 1 / 255
-        low = torch.where(x[:, k : k + 1] == 0, 0.0, logistic.cdf(value - edge))
-        p = p * (torch.where(x[:, k : k + 1] == 255, 1.0, logistic.cdf(value + edge)) - low)
-    return p.sum(1)
-
-
-def test_grey_probabilities_add_up(pixelcnn):
-    out = mixtures(50, 1)
-    x = torch.arange(256).repeat(50)[:, None]
-    p = pixelcnn.logistic_log_prob(out.repeat_interleave(256, 0), x).exp().view(50, 256)
-    torch.testing.assert_close(p.sum(1), torch.ones(50, dtype=torch.float64))
-    assert p.max() > 0.5 and p.min() < 1e-6
-
-
-def test_colour_probabilities_add_up(pixelcnn):
-    """Over blue to those of red and green, and these over green to those of red alone."""
-    out = mixtures(20, 3)
-    red, green = torch.randint(256, (2, 20))
-    parts = out.view(20, 5, 10)
-    of_two = parts[:, :, [0, 1, 2, 4, 5, 7]].flatten(1)
-    x = torch.stack([red, green], 1).repeat_interleave(256, 0)
-    x = torch.cat([x, torch.arange(256).repeat(20)[:, None]], 1)
-    p = pixelcnn.logistic_log_prob(out.repeat_interleave(256, 0), x).exp().view(20, 256)
-    wanted = by_distributions(of_two, torch.stack([red, green], 1))
-    torch.testing.assert_close(p.sum(1), wanted)
-    assert not torch.allclose(p.sum(1), by_distributions(of_two, torch.stack([red, 255 - green], 1)))
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_it_is_a_difference_of_logistic_distribution_functions(pixelcnn, channels):
-    out = mixtures(3000, channels, seed=1)
-    x = torch.randint(256, (3000, channels))
-    x[:900:3], x[1:900:3] = 0, 255  # the lowest and highest values have the tails
-    p = pixelcnn.logistic_log_prob(out, x).exp()
-    torch.testing.assert_close(p, by_distributions(out, x), rtol=1e-6, atol=1e-13)
-    assert p.max() > 0.1
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_log_probabilities_and_gradients_stay_finite(pixelcnn, channels):
-    for extreme in (1, 30, 1000):
-        out = mixtures(3000, channels, extreme=extreme).float().requires_grad_()
-        x = torch.randint(256, (3000, channels))
-        x[:1000], x[1000:2000] = 0, 255
-        log_p = pixelcnn.logistic_log_prob(out, x)
-        (gradient,) = torch.autograd.grad(log_p.sum(), out)
-        assert log_p.isfinite().all() and (log_p <= 1e-5).all() and gradient.isfinite().all() and gradient.any()
-
-
-def test_no_colour_is_drawn_too_often_in_bfloat16(pixelcnn):
-    """A uniform number of 8 bits is 0, whose logistic is -inf, once in some hundred."""
-    torch.manual_seed(0)
-    model = pixelcnn.PixelCNN("gated", "logistic", 256, 3, 4, 4, 1, 0.0, 0).bfloat16()
-    model.out[-1].parametrizations.weight.original0.data.zero_()
-    model.out[-1].bias.data = torch.tensor([0.0, 0.5, 0.5, 0.5, -5, -5, -5, 0, 0, 0] * 10).bfloat16()
-    assert model.sample(200).min() > 100
-
-
-def test_drawn_colours_follow_the_probabilities(pixelcnn):
-    """A few narrow logistics, so that few colours are likely, and each channel depends on those before."""
-    torch.manual_seed(0)
-    out = torch.zeros(1, 5, 10)
-    out[0, :, 0] = torch.tensor([0.0, 1.0, 0.5, -1.0, 0.0])
-    out[0, :, 1:4] = torch.randn(5, 3) * 0.7
-    out[0, 0, 1:4] = 1.5  # brighter than white
-    out[0, :, 4:7] = -6.2
-    out[0, :, 7:] = torch.randn(5, 3)
-    out = out.flatten(1)
-    x = pixelcnn.logistic_draw(out.expand(200_000, -1), 3)
-    assert x.shape == (200_000, 3) and x.dtype == torch.int64 and x.min() >= 0 and x.max() == 255
-    colours, counts = x.unique(dim=0, return_counts=True)
-    top = counts.topk(30).indices
-    wanted = pixelcnn.logistic_log_prob(out.expand(30, -1), colours[top]).exp()
-    torch.testing.assert_close(counts[top] / 200_000, wanted, rtol=0.1, atol=0)
-    found = pixelcnn.logistic_log_prob(out.expand(len(colours), -1), colours).exp()
-    assert 0.97 < found.sum() <= 1.0001  # nothing that is likely is missing
-    cold = pixelcnn.logistic_draw(out.expand(1000, -1), 3, temperature=0.001)
-    assert len(cold.unique(dim=0)) == 1
-
-
 # ---------------------------------------------------------------- drawing
 
 
-@pytest.mark.parametrize("arch", ["pixelcnn", "gated"])
+@pytest.mark.parametrize("arch", ARCHES)
 def test_what_is_drawn_follows_the_probabilities(pixelcnn, arch):
+    model = trained_network(pixelcnn, arch, n_layers=1, n_classes=2).float()
     torch.manual_seed(0)
-    model = tiny(pixelcnn, arch, n_classes=2).float()
-    labels = torch.ones(1000, dtype=torch.long)
-    x = torch.cat([model.sample(1000, labels) for _ in range(20)])
-    assert x.shape == (20_000, 1, 4, 4)
-    drawn = (x.flatten(1) * 2 ** torch.arange(15, -1, -1)).sum(1).bincount(minlength=len(EVERY)) / 20_000
-    wanted = probabilities(model, 1).float()
-    top = wanted.topk(20).indices
-    torch.testing.assert_close(drawn[top], wanted[top], atol=0.005, rtol=0.15)
+    x = model.sample(10_000, torch.ones(10_000, dtype=torch.long))
+    assert x.shape == (10_000, 1, 4, 4)
+    number = (x.flatten(1) * 2 ** torch.arange(15, -1, -1)).sum(1)  # its place in EVERY
+    drawn = number.bincount(minlength=len(EVERY)) / 10_000
+    p = probabilities(model, 1).float()
+    top = p.topk(10).indices
+    torch.testing.assert_close(drawn[top], p[top], atol=0.005, rtol=0.15)
 
 
 @pytest.mark.parametrize("arch", ARCHES)
-@pytest.mark.parametrize("likelihood, n_values, channels", [("softmax", 7, 1), ("logistic", 256, 3)])
-def test_rows_are_enough(pixelcnn, arch, likelihood, n_values, channels):
-    """Draw for draw the same as with the whole picture, so that plusplus follows its probabilities, too."""
-    model = tiny(pixelcnn, arch, n_values, 8, 1, 2, channels=channels, likelihood=likelihood)
+def test_drawing_row_by_row_equals_the_full_pass(pixelcnn, arch):
+    model = trained_network(pixelcnn, arch, n_values=7, size=8, n_classes=2)
     labels = torch.tensor([0, 1, 1])
+    x = torch.randint(7, (3, 1, 8, 8))
+    for i in range(8):
+        drawn, above = model.start_row(x[:, :, : i + 1], labels)
+        torch.testing.assert_close(model(drawn, labels, above)[:, :, -1], model(x, labels)[:, :, i])
+
     torch.manual_seed(5)
-    by_rows = model.sample(3, labels, temperature=0.9)
+    by_rows = model.sample(3, labels)
     torch.manual_seed(5)
-    x = torch.zeros(3, channels, 8, 8, dtype=torch.long)
+    x = torch.zeros(3, 1, 8, 8, dtype=torch.long)
     for i, j in itertools.product(range(8), repeat=2):
-        out = model(x, labels)[:, :, i, j]
-        if likelihood == "logistic":
-            x[:, :, i, j] = pixelcnn.logistic_draw(out.float(), 3, 0.9)
-        else:
-            x[:, 0, i, j] = torch.distributions.Categorical(logits=out / 0.9).sample()
-    assert torch.equal(by_rows, x) and len(x.unique()) > 3
-    nats = model.log_prob(x, labels)
-    assert torch.equal(nats, model.log_prob(x, labels))  # drawing leaves nothing behind
-
-
-def test_weight_norm_is_computed_once_for_a_drawing(pixelcnn, monkeypatch):
-    calls, norm = [], torch.nn.utils.parametrizations._WeightNorm.forward
-    monkeypatch.setattr(
-        torch.nn.utils.parametrizations._WeightNorm, "forward", lambda *args: (calls.append(1), norm(*args))[1]
-    )
-    model = tiny(pixelcnn, "plusplus", n_layers=1, steps=0)
-    filters = sum(hasattr(m, "parametrizations") for m in model.modules())
-    calls.clear()
-    model.sample(2)
-    assert len(calls) == filters > 20
+        logits = model(x, labels)[:, :, i, j].float()
+        x[:, :, i, j] = torch.multinomial(logits.softmax(1), 1)
+    assert torch.equal(by_rows, x)
+    assert len(x.unique()) > 3
 
 
 @pytest.mark.parametrize("arch", ARCHES)
-def test_completion_keeps_what_is_given(pixelcnn, arch):
-    model = tiny(pixelcnn, arch, n_values=7, size=8, n_layers=1)
-    given = torch.randint(7, (20, 1, 8, 8))
-    before = given.clone()
-    x = model.sample(20, given=given, rows=2)
-    assert torch.equal(given, before) and torch.equal(x[:, :, :2], given[:, :, :2])
-    assert not torch.equal(x[:, :, 2:], given[:, :, 2:])
-    assert torch.equal(model.sample(5, given=given[:1], rows=2)[:, :, :2], given[:1, :, :2].expand(5, -1, -1, -1))
-
-
-def test_the_default_size_of_plusplus(pixelcnn):
-    opt = pixelcnn.parse_args(["--arch", "plusplus"])
-    assert (opt.n_layers, opt.dropout) == (1, 0.5)
-    opt = pixelcnn.parse_args(["--arch", "plusplus", "--n_layers", "2", "--dropout", "0"])
-    assert (opt.n_layers, opt.dropout) == (2, 0)
-
-
-def test_a_low_temperature_draws_what_is_likeliest(pixelcnn):
-    model = tiny(pixelcnn, "gated")
-    cold, warm = (model.sample(200, temperature=t) for t in (0.001, 1.0))
-    assert len(cold.unique(dim=0)) == 1 < len(warm.unique(dim=0))
-    assert cold[0, 0, 0, 0] == model(cold)[0, :, 0, 0].argmax()
+def test_weights_that_are_not_finite_draw_nothing(pixelcnn, arch):
+    model = network(pixelcnn, arch)
+    model.position_bias.data[:, :, 3, 3] = math.nan
+    with pytest.raises(RuntimeError):
+        model.sample(2)
 
 
 # ---------------------------------------------------------------- the script, on images
 
-
-def test_binary_pixels_are_drawn_anew_but_not_in_the_test(pixelcnn, small, monkeypatch):
-    seen, tested, step, test = [], [], pixelcnn.train_step, pixelcnn.test
-    monkeypatch.setattr(pixelcnn, "train_step", lambda *args: (seen.append(args[2]), step(*args))[1])
-    monkeypatch.setattr(pixelcnn, "test", lambda *args: (tested.append(args[1]), test(*args))[1])
-    for k in "12":
-        torch.seed()  # as in another process
-        pixelcnn.train(pixelcnn.parse_args([*small, "--n_epochs", k, "--seed", k, "--binarize"]))
-    assert all(set(x.unique().tolist()) == {0, 1} for x in seen) and seen[0].shape == (8, 1, 8, 8)
-    assert all(torch.equal(x, tested[0]) for x in tested) and set(tested[0].unique().tolist()) == {0, 1}
-    one, two = (torch.cat(seen[k : k + 6]).flatten(1).tolist() for k in (6, 12))
-    assert sorted(one) != sorted(two)
+TINY = ["--hidden_dim", "8", "--n_layers", "1", "--batch_size", "8", "--device", "cpu", "--n_epochs", "1"]
 
 
-def test_grey_levels_are_256_values(pixelcnn, small):
-    run = pixelcnn.train(pixelcnn.parse_args([*small, "--n_epochs", "1"]))
-    model = pixelcnn.load(run)
-    assert model.embed.num_embeddings == 256 and model.decoder is None
-    x = model.sample(3)
-    assert x.max() > 100 and x.min() >= 0  # an untrained one draws any of them
+@pytest.fixture
+def small(images, tmp_path, monkeypatch):
+    """Options of a short training, 6 steps, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return ["--dataset", str(images), "--img_size", "8", "--sample_interval", "4", *TINY]
 
 
-def last_row(run):
+@pytest.fixture
+def steps(pixelcnn, monkeypatch):
+    """The values of every training step and of every test, each in a list."""
+    seen = {"train": [], "test": []}
+    log_prob = pixelcnn.PixelCNN.log_prob
+
+    def record(model, x, labels=None):
+        seen["train" if model.training else "test"].append(x.clone())
+        return log_prob(model, x, labels)
+
+    monkeypatch.setattr(pixelcnn.PixelCNN, "log_prob", record)
+    return seen
+
+
+def train(pixelcnn, *arguments):
+    return pixelcnn.train(pixelcnn.parse_args([*map(str, arguments)]))
+
+
+def log(run):
+    """The rows of a run's log, in numbers."""
     rows = csv.DictReader((run / "log.csv").read_text().splitlines())
-    return {name: float(value) for name, value in list(rows)[-1].items()}
+    return [{name: float(value) for name, value in row.items()} for row in rows]
 
 
-def test_every_tenth_image_of_a_folder_is_for_the_test(pixelcnn, small, monkeypatch):
-    """And only for it; the averaged model is tested."""
-    seen, step = [], pixelcnn.train_step
-    monkeypatch.setattr(pixelcnn, "train_step", lambda *args: (seen.extend(args[2].tolist()), step(*args))[1])
-    run = pixelcnn.train(pixelcnn.parse_args([*small, "--n_epochs", "1", "--lr", "0.01"]))
-    images = pixelcnn.load_data(pixelcnn.parse_args(["--resume", str(run)]))[0].long()
-    assert sorted(seen) == sorted(image for i, image in enumerate(images.tolist()) if i % 10)
-    nats = -pixelcnn.load(run).log_prob(images[::10]).mean().item()
-    assert last_row(run)["test_nats"] == pytest.approx(nats, rel=1e-4)
+def grey_images(pixelcnn, folder):
+    opt = pixelcnn.parse_args(["--dataset", str(folder), "--img_size", "8"])
+    return pixelcnn.load_data(opt)[:2]
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_one_step(pixelcnn, small, monkeypatch, arch):
+    """By hand: gradient descent on -log p(x) per image, and its average, which moves from where it began."""
+
+    def sgd(parameters, lr, betas, fused):
+        return torch.optim.SGD(parameters, lr)
+
+    monkeypatch.setattr(torch.optim, "Adam", sgd)
+    options = [*small, "--batch_size", "40", "--lr", "0.01", "--seed", "3", "--arch", arch, "--conditional"]
+    run = train(pixelcnn, *options)
+    opt = pixelcnn.Namespace(**checkpoint(run)["options"])
+    images, labels = grey_images(pixelcnn, opt.dataset)
+    is_train = torch.arange(54) % 10 != 0
+    images, labels = images[is_train], labels[is_train]
+    pixelcnn.seed(3, "epoch", 0)
+    chosen = next(iter(pixelcnn.make_loader(torch.arange(48).byte(), labels, 40)))[0].long()
+    torch.manual_seed(3)
+    before = pixelcnn.new_model(opt)
+    model = pixelcnn.new_model(opt)
+    model.load_state_dict(before.state_dict())
+    (-model.log_prob(images[chosen].long(), labels[chosen]).mean()).backward()
+    state = checkpoint(run)
+    assert state["step"] == 1
+    for name, p in model.named_parameters():
+        old = before.get_parameter(name)
+        new = p.detach() - 0.01 * p.grad
+        torch.testing.assert_close(state["model"][name], new, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(state["model_avg"][name], old + 0.9 * (new - old), atol=1e-5, rtol=1e-4)
+
+
+def test_binary_pixels_are_drawn_anew_but_not_in_the_test(pixelcnn, small, steps):
+    images, _ = grey_images(pixelcnn, small[1])
+    train(pixelcnn, *small, "--n_epochs", "2", "--binarize")
+    one, two = torch.cat(steps["train"][:6]), torch.cat(steps["train"][6:])
+    assert one.shape == two.shape == (48, 1, 8, 8)
+    assert set(one.unique().tolist()) == {0, 1}
+    assert sorted(one.flatten(1).tolist()) != sorted(two.flatten(1).tolist())
+    share = images[torch.arange(54) % 10 != 0].float().mean() / 255
+    assert one.float().mean().item() == pytest.approx(share.item(), abs=0.03)
+    train(pixelcnn, *small, "--seed", "1", "--binarize")
+    assert len(steps["test"]) == 5  # after 4, 8 and 12 steps; after 4 and 6
+    for x in steps["test"]:
+        assert torch.equal(x, steps["test"][0])
+        assert set(x.unique().tolist()) == {0, 1}
+
+
+def test_every_tenth_image_of_a_folder_is_for_the_test(pixelcnn, small, steps):
+    """And only for it; the averaged model is tested. Colours are read as grey levels."""
+    run = train(pixelcnn, *small, "--lr", "0.01")
+    images, labels = grey_images(pixelcnn, small[1])
+    is_test = torch.arange(54) % 10 == 0
+    assert sorted(torch.cat(steps["train"]).tolist()) == sorted(images[~is_test].tolist())
+    model = pixelcnn.load(run)
+    assert model.n_values == 256
+    nats = -model.log_prob(images[is_test].long()).mean().item()
+    assert [row["step"] for row in log(run)] == [4, 6]
+    assert log(run)[-1]["test_nats"] == pytest.approx(nats, rel=1e-4)
+    images = model.images(images[is_test].long())
+    torch.testing.assert_close(images, grey_images(pixelcnn, small[1])[0][is_test] / 255)
 
 
 def test_it_learns_what_a_label_means(pixelcnn, small):
     """The classes differ in brightness: an image is likeliest given its own."""
-    options = ["--binarize", "--conditional", "--lr", "0.02", "--sample_interval", "1000"]
-    run = pixelcnn.train(pixelcnn.parse_args([*small, *options, "--n_epochs", "15"]))
+    options = ["--binarize", "--conditional", "--lr", "0.02", "--sample_interval", "1000", "--n_epochs", "15"]
+    run = train(pixelcnn, *small, *options)
     model = pixelcnn.load(run)
-    images, labels = pixelcnn.load_data(pixelcnn.parse_args(["--resume", str(run)]))
+    images, labels = grey_images(pixelcnn, small[1])
     torch.manual_seed(0)
     x = (images / 255).bernoulli().long()
-    found = torch.stack([model.log_prob(x, torch.full((len(x),), k)) for k in range(3)]).argmax(0)
-    assert (found == labels).float().mean() > 0.75  # 1/3 by chance
+    log_p = torch.stack([model.log_prob(x, torch.full((len(x),), k)) for k in range(3)])
+    assert (log_p.argmax(0) == labels).float().mean() > 0.75  # 1/3 by chance
 
 
-def test_completion_is_of_the_average_and_of_the_right_class(pixelcnn, small, monkeypatch):
-    calls, sample = [], pixelcnn.PixelCNN.sample
-    monkeypatch.setattr(
-        pixelcnn.PixelCNN, "sample", lambda *args, **k: (calls.append((args, k)), sample(*args, **k))[1]
-    )
-    run = pixelcnn.train(pixelcnn.parse_args([*small, "--n_epochs", "1", "--conditional"]))
-    model, n, labels, given, rows = calls[-1][0]
-    saved = torch.load(run / "checkpoint.pt", weights_only=True)["model_avg"]
-    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
-    assert (n, rows) == (48, 4) and labels.tolist() == torch.arange(3).repeat_interleave(16).tolist()
-    pixelcnn.generate(pixelcnn.parse_args(["--resume", str(run), "--generate", "2", "--temperature", "0.5"]))
-    assert calls[-1][1] == dict(temperature=0.5)
+def cells(file, n_columns, size=8):
+    """The images of a grid, row by row."""
+    grid = pil_to_tensor(Image.open(file))[0, 2:, 2:]
+    return [list(row.split(size + 2, dim=1)[:n_columns]) for row in grid.split(size + 2)]
 
 
-def test_completion_picture(pixelcnn, small):
-    """The first of each row of 8 is a test image; the upper halves of the others are its."""
-    run = pixelcnn.train(pixelcnn.parse_args([*small, "--n_epochs", "1"]))
-    grid = pil_to_tensor(Image.open(run / "completion.png"))[0]
-    cells = [[grid[2 + 10 * r : 10 + 10 * r, 2 + 10 * c : 10 + 10 * c] for c in range(8)] for r in range(6)]
-    opt = pixelcnn.parse_args(["--resume", str(run)])
-    tests = pixelcnn.load_data(opt)[0][::10]
-    for row, image in zip(cells, tests, strict=True):
-        assert (row[0].int() - image[0].int()).abs().max() <= 1
-        for cell in row[1:]:
-            assert torch.equal(cell[:4], row[0][:4]) and not torch.equal(cell[4:], row[0][4:])
+@pytest.fixture
+def shades(pixelcnn, monkeypatch):
+    """Each image is drawn in one shade: its class number times 100. Returns how many were drawn at once."""
+    at_once = []
+
+    def sample(model, n, labels=None):
+        at_once.append(n)
+        return (100 * labels).view(n, 1, 1, 1).expand(n, 1, 8, 8).clone()
+
+    monkeypatch.setattr(pixelcnn.PixelCNN, "sample", sample)
+    return at_once
 
 
-def test_which_likelihood_by_the_data(pixelcnn, small):
-    for arguments, likelihood, channels, n_out in [
-        (["--arch", "pixelcnn"], "softmax", 1, 256),
-        (["--arch", "plusplus"], "logistic", 1, 30),  # ten logistics: each a logit, a mean and a scale
-        (["--arch", "plusplus", "--binarize"], "bernoulli", 1, 2),
-        (["--likelihood", "logistic"], "logistic", 1, 30),
-        (["--channels", "3", "--arch", "plusplus", "--conditional"], "logistic", 3, 100),
-        (["--channels", "3"], "logistic", 3, 100),
-    ]:
-        options = [*small, "--n_epochs", "0", "--batch_size", "48", "--img_size", "4", *arguments]
-        run = pixelcnn.train(pixelcnn.parse_args(options))
-        model = pixelcnn.load(run)
-        assert model.options["n_layers"] == 1 and model.out[-1].out_channels == n_out
-        assert model.options["likelihood"] == likelihood and model.logistic == (likelihood == "logistic")
-        x = model.sample(2, torch.tensor([0, 1]))
-        assert x.shape == (2, channels, 4, 4) and Image.open(run / "completion.png").size == (50, 38)
-        assert model.log_prob(x, torch.tensor([0, 1])).isfinite().all()
-        assert pixelcnn.parse_args(["--resume", str(run), "--n_epochs", "2"]).likelihood == likelihood
+def test_labels_are_those_asked_for(pixelcnn, small, command, refused, shades):
+    run = train(pixelcnn, *small, "--conditional")
+    row = [int(cell[3, 3]) for cell in cells(run / "images/sample_00000006.png", 10)[1]]
+    assert row == [0, 100, 200, 0, 100, 200, 0, 100, 200, 0]
+    assert command(pixelcnn, "--resume", run, "--generate", 5, "--labels", "red", "blue") == (0, [])
+    found = {}
+    for file in run.glob("generated/*/*.png"):
+        found.setdefault(file.parent.name, set()).add((file.name, Image.open(file).getpixel((3, 3))[0]))
+    assert found["red"] == {(f"{i:06}.png", 200) for i in (0, 2, 4)}
+    assert found["blue"] == {(f"{i:06}.png", 0) for i in (1, 3)}
+    assert set(found) == {"red", "blue"}
+    says = ["--labels black", "blue, green, red"]
+    refused(pixelcnn, "--resume", run, "--generate", 5, "--labels", "black", says=says)
+    refused(pixelcnn, "--resume", run, "--labels", "red", says=["--generate"])
 
 
-def test_colour_needs_the_logistic_likelihood(pixelcnn, small, refused, tmp_path):
-    arguments = (*small[:-2], "--n_epochs", 1, "--channels", 3, "--likelihood", "softmax")
-    refused(pixelcnn, *arguments, says=["colour", "--channels 1", "--likelihood logistic"])
-    refused(pixelcnn, *small[:-2], "--n_epochs", 1, "--channels", 3, "--binarize", says=["colour", "--channels 1"])
-    assert not (tmp_path / "runs").exists()
+def test_generate_draws_100_at_once(pixelcnn, small, command, shades):
+    run = train(pixelcnn, *small, "--conditional")
+    shades.clear()
+    assert command(pixelcnn, "--resume", run, "--generate", 150) == (0, [])
+    assert shades == [100, 50]
+    files = sorted(run.glob("generated/*/*.png"), key=lambda file: file.name)
+    assert [file.name for file in files] == [f"{i:06}.png" for i in range(150)]
+    assert [file.parent.name for file in files] == ["blue", "green", "red"] * 50
 
 
-@pytest.mark.parametrize("arch", ARCHES)
-def test_it_learns_colours(pixelcnn, arch):
-    """Of a pixel, green goes with red, and blue against it: a value then costs less than one of its own would."""
-    torch.manual_seed(0)
-    model = pixelcnn.PixelCNN(arch, "logistic", 256, 3, 4, 8, 1, 0.0, 0)
-    optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    for _ in range(70):
-        red = torch.randint(256, (16, 1, 4, 4))
-        x = torch.cat([red, (red + torch.randint(-4, 5, red.shape)).clamp(0, 255), 255 - red], 1)
-        loss = pixelcnn.train_step(model, optimizer, x, None)["nats"]
-    assert loss / 48 / math.log(2) < 6.5  # 8 of red, 3 of green and none of blue would be 3.7, without the others 8
-    drawn = model.sample(50).float() - 127.5
-    assert torch.corrcoef(drawn.movedim(1, 0).flatten(1))[0, 1:].tolist() == pytest.approx([1, -1], abs=0.2)
+def test_grids_are_drawn_with_the_same_random_numbers_each_time(pixelcnn, small):
+    """So that what differs between them is what the network has learnt."""
+    run = train(pixelcnn, *small, "--lr", "1e-9", "--conditional")
+    grids = sorted((run / "images").iterdir())
+    assert [file.name for file in grids] == ["sample_00000004.png", "sample_00000006.png"]
+    assert grids[0].read_bytes() == grids[1].read_bytes()
+
+
+def test_a_folder_without_sub_folders(pixelcnn, tmp_path, monkeypatch, command, refused):
+    monkeypatch.chdir(tmp_path)
+    folder = make_folder(tmp_path / "f", classes=["x"], mode="L") / "x"
+    run = train(pixelcnn, "--dataset", folder, "--img_size", 5, *TINY)
+    assert pixelcnn.load(run).sample(2).shape == (2, 1, 5, 5)
+    assert command(pixelcnn, "--resume", run, "--generate", 3) == (0, [])
+    assert sorted(file.name for file in (run / "generated").iterdir()) == [f"{i:06}.png" for i in range(3)]
+    refused(pixelcnn, "--resume", run, "--generate", 3, "--labels", "all", says=["--conditional"])
 
 
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        (["--likelihood", "bernoulli"], ["--binarize", "bernoulli"]),
-        (["--likelihood", "softmax", "--binarize"], ["--binarize", "bernoulli"]),
-        (["--likelihood", "poisson"], ["--likelihood"]),
-        (["--hidden_dim", "1"], ["--hidden_dim"]),
-        (["--n_layers", "0"], ["--n_layers"]),
-        (["--binarize", "--likelihood", "logistic"], ["--binarize", "bernoulli"]),
-        (["--dropout", "1"], ["--dropout"]),
-        (["--temperature", "0"], ["--temperature"]),
-        (["--temperature", "0.5"], ["--temperature", "--generate"]),
-        (["--labels", "1"], ["--labels", "--conditional"]),
+        (["--arch", "plusplus"], ["--arch"]),
+        (["--hidden_dim", "1"], ["--hidden_dim", "from 2"]),
+        (["--n_layers", "0"], ["--n_layers", "from 1"]),
+        (["--ema", "1"], ["--ema", "below 1"]),
+        (["--labels", "1"], ["--labels needs --resume"]),
     ],
 )
 def test_bad_options(pixelcnn, refused, tmp_path, monkeypatch, arguments, says):
@@ -543,123 +446,154 @@ def test_bad_options(pixelcnn, refused, tmp_path, monkeypatch, arguments, says):
     assert not list(tmp_path.iterdir())
 
 
-def test_labels_are_those_asked_for(pixelcnn, small, command, refused, monkeypatch):
-    monkeypatch.setattr(
-        pixelcnn.PixelCNN,
-        "sample",
-        lambda model, n, labels, *args, **k: (
-            (100 * labels if labels is not None else torch.zeros(n))[:, None, None, None].expand(n, 1, 8, 8).clone()
-        ),
-    )
-    run = pixelcnn.train(pixelcnn.parse_args([*small, "--n_epochs", "0", "--conditional"]))
-    assert command(pixelcnn, "--resume", run, "--generate", 5, "--labels", 2, 0) == (0, [])
-    shades = {
-        sub.name: {Image.open(f).getpixel((3, 3))[0] for f in sub.iterdir()} for sub in (run / "generated").iterdir()
-    }
-    assert shades == {"blue": {0}, "red": {200}}
-    grid = Image.open(run / "images/sample_000000.png")
-    assert [grid.getpixel((6 + 10 * k, 6))[0] for k in range(3)] == [0, 100, 200]
-    refused(pixelcnn, "--resume", run, "--generate", 5, "--labels", 3, says=["--labels 3"])
+@pytest.mark.parametrize("arch", ARCHES)
+def test_a_stopped_run_goes_on_exactly(pixelcnn, small, monkeypatch, arch):
+    """In mid-epoch, with binary pixels, for which every step uses random numbers."""
+    options = [*small, "--n_epochs", "2", "--arch", arch, "--binarize", "--conditional"]
+    whole = train(pixelcnn, *options, "--out_dir", "whole")
+    save = pixelcnn.Run.save_if_due
+
+    def stop(run):
+        if run.step == 9:
+            run.save()
+            raise KeyboardInterrupt
+        save(run)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pixelcnn.Run, "save_if_due", stop)
+        train(pixelcnn, *options, "--out_dir", "part")
+    train(pixelcnn, "--resume", "part")
+    one, two = checkpoint(whole), checkpoint("part")
+    for part in ("model", "model_avg"):
+        for name, value in one[part].items():
+            assert torch.equal(value, two[part][name]), name
+    for a, b in zip(log(whole), log(Path("part")), strict=True):
+        assert a | {"seconds": 0} == b | {"seconds": 0}
+    for file in (whole / "images").iterdir():
+        assert Path("part/images", file.name).read_bytes() == file.read_bytes()
 
 
 # ---------------------------------------------------------------- the script, on codes
 
 
+class Decoder(torch.nn.Module):
+    """Code k is an even shade of red, 2 x 2 pixels of k / 999."""
+
+    def forward(self, codes):
+        red = (codes / 999)[:, None]
+        image = torch.cat([red, torch.zeros_like(red), torch.zeros_like(red)], dim=1)
+        return image.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+
+
+@pytest.fixture(scope="session")
+def codes_of_vqvae(tmp_path_factory):
+    """What a run of vqvae.py leaves for pixelcnn.py: 48 images as 4 x 4 of 1000 codes, which are 7 or 700."""
+    folder = tmp_path_factory.mktemp("runs") / "vqvae"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    codes = random.choice(np.array([7, 700], dtype=np.uint16), (54, 4, 4))
+    labels = np.arange(54) % 3
+    np.savez_compressed(
+        folder / "codes.npz",
+        codes=codes[:48],
+        labels=labels[:48],
+        test_codes=codes[48:],
+        test_labels=labels[48:],
+        classes=np.array(["blue", "green", "red"]),
+        n_embeddings=1000,
+    )
+    example = (torch.zeros(2, 4, 4, dtype=torch.long),)
+    program = torch.export.export(Decoder(), example, dynamic_shapes=({0: torch.export.Dim("N")},))
+    torch.export.save(program, folder / "decoder.pt2")
+    return folder
+
+
 @pytest.fixture
-def codes(images, tmp_path, monkeypatch):
-    """A small run of vqvae.py, in an empty folder."""
-    import vqvae
-
+def codes(codes_of_vqvae, tmp_path, monkeypatch):
+    """A copy of it, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    return vqvae.train(vqvae.parse_args(["--dataset", str(images), *SMALL, *SMALLER["vqvae"], "--n_epochs", "1"]))
+    return shutil.copytree(codes_of_vqvae, Path("runs/vqvae"))
 
 
-PRIOR = ["--batch_size", "8", "--hidden_dim", "8", "--n_layers", "1", "--n_epochs", "2"]
-
-
-def test_codes_in_images_out(pixelcnn, codes, command, refused, tmp_path):
-    """The prior has its own copy of the decoder: it draws where there is no run of vqvae.py."""
-    import vqvae
-
-    run = pixelcnn.train(pixelcnn.parse_args(["--dataset", str(codes), "--conditional", *PRIOR]))
-    shutil.copytree(run, tmp_path / "elsewhere")
-    decoder = vqvae.load(codes)
-    shutil.move(codes, tmp_path / "away")
-    assert command(pixelcnn, "--resume", "elsewhere", "--generate", 6) == (0, [])
-    with np.load("elsewhere/generated/codes.npz") as file:
-        drawn, labels = file["codes"], file["labels"]
-        assert drawn.shape == (6, 4, 4) and labels.tolist() == [0, 1, 2] * 2
-    for i, (square, name) in enumerate(zip(drawn, ["blue", "green", "red"] * 2)):
-        picture = pil_to_tensor(Image.open(f"elsewhere/generated/{name}/{i:06}.png")) / 255
-        wanted = decoder.decode(torch.from_numpy(square.astype(np.int64))[None])[0]
-        torch.testing.assert_close(picture, wanted, atol=0.003, rtol=0)
-    assert command(vqvae, "--resume", "away", "--decode", "elsewhere/generated/codes.npz") == (0, [])
-    refused(
-        pixelcnn, "--resume", "elsewhere", "--n_epochs", 3, says=["runs/vqvae: FileNotFoundError", "python vqvae.py"]
-    )
-
-
-def test_it_learns_from_the_codes(pixelcnn, codes):
-    """Those to train with for training, those to test with for the test; better than each by its own frequency."""
-    with np.load(codes / "codes.npz") as file:
-        x, tests = (torch.from_numpy(file[name].astype(np.int64)) for name in ("codes", "test_codes"))
-    run = pixelcnn.train(pixelcnn.parse_args(["--dataset", str(codes), *PRIOR, "--n_epochs", "20", "--lr", "0.01"]))
+def test_it_learns_from_the_codes(pixelcnn, codes, steps):
+    """From those to train with; and it is tested with those for the test."""
+    run = train(pixelcnn, "--dataset", codes, *TINY, "--n_epochs", "10", "--lr", "0.02")
+    with np.load(codes / "codes.npz") as arrays:
+        x = torch.from_numpy(arrays["codes"].astype(int))[:, None]
+        tests = torch.from_numpy(arrays["test_codes"].astype(int))[:, None]
+    assert sorted(torch.cat(steps["train"][:6]).tolist()) == sorted(x.tolist())
+    assert all(torch.equal(seen, tests) for seen in steps["test"])
     model = pixelcnn.load(run)
-    assert model.size == 4 and model.embed.num_embeddings == 16
-    nats = -model.log_prob(tests[:, None]).mean().item()
-    assert last_row(run)["test_nats"] == pytest.approx(nats, rel=1e-4)
-    share = (x.flatten().bincount(minlength=16) + 1).double()
-    alone = -(share / share.sum()).log()[tests].sum((1, 2)).mean().item()
-    assert nats < alone
+    assert model.n_values == 1000
+    nats = -model.log_prob(tests).mean().item()
+    assert log(run)[-1]["test_nats"] == pytest.approx(nats, rel=1e-4)
+    assert nats < 16 * math.log(3)  # it knows that each code is one of two, not of 1000
 
 
-def test_codes_of_another_checkpoint(pixelcnn, codes, refused, command, tmp_path):
-    import vqvae
-
-    before = (codes / "codes.npz").read_bytes()
-    run = pixelcnn.train(pixelcnn.parse_args(["--dataset", str(codes), *PRIOR]))
-    assert command(vqvae, "--resume", codes, "--n_epochs", 2) == (0, [])
-    refused(pixelcnn, "--resume", run, "--n_epochs", 3, says=["codes have changed"])
-    (codes / "codes.npz").write_bytes(before)
-    says = [f"{codes}: ", f"python vqvae.py --resume {codes} --n_epochs 0"]
-    refused(pixelcnn, "--dataset", codes, *PRIOR, says=says)
-    (codes / "codes.npz").unlink()
-    refused(pixelcnn, "--dataset", codes, *PRIOR, says=says)
-    assert command(vqvae, "--resume", codes, "--n_epochs", 0) == (0, [])
-    refused(pixelcnn, "--dataset", codes, "--binarize", *PRIOR, says=["--likelihood softmax"])
-    refused(pixelcnn, "--dataset", codes, "--likelihood", "logistic", *PRIOR, says=["--likelihood softmax"])
-    refused(pixelcnn, "--dataset", codes, "--n_classes", 4, *PRIOR, says=["--n_classes"])
-    refused(pixelcnn, "--dataset", run, *PRIOR, says=["pixelcnn.py, 12 batches", "vqvae.py"])
+def test_codes_in_images_out(pixelcnn, codes, command, refused):
+    """A run has its own copy of the decoder: it draws where there is no run of vqvae.py."""
+    run = train(pixelcnn, "--dataset", codes, "--conditional", *TINY, "--n_epochs", "10", "--lr", "0.02")
+    assert Image.open(run / "images/sample_00000060.png").size == (10 * 10 + 2, 3 * 10 + 2)
+    shutil.move(codes, "away")
+    shutil.copytree(run, "elsewhere")
+    assert command(pixelcnn, "--resume", "elsewhere", "--generate", 6) == (0, [])
+    for i, name in enumerate(["blue", "green", "red"] * 2):
+        picture = pil_to_tensor(Image.open(f"elsewhere/generated/{name}/{i:06}.png"))
+        assert picture.shape == (3, 8, 8)
+        assert (picture[0].unique().tolist() == [2, 179]) or len(picture[0].unique()) > 2
+        assert not picture[1:].any()
+    Path("elsewhere/decoder.pt2").unlink()
+    refused(pixelcnn, "--resume", "elsewhere", "--generate", 6, says=["elsewhere/decoder.pt2"])
 
 
-def test_sides_that_plusplus_cannot_take(pixelcnn, images, refused, tmp_path, monkeypatch):
-    """Of codes their own counts, and --img_size is not looked at."""
+def test_a_run_on_codes_goes_on(pixelcnn, codes, command, refused):
+    """Only with the same codes, wherever they are now."""
+    run = train(pixelcnn, "--dataset", codes, *TINY)
+    shutil.move(codes, "away")
+    (run / "decoder.pt2").unlink()
+    refused(pixelcnn, "--resume", run, "--n_epochs", 2, says=["codes.npz", "runs/vqvae"])
+    assert command(pixelcnn, "--resume", run, "--n_epochs", 2, "--dataset", "away") == (0, [])
+    assert checkpoint(run)["step"] == 12
+    assert (run / "decoder.pt2").read_bytes() == Path("away/decoder.pt2").read_bytes()
+    arrays = dict(np.load("away/codes.npz"))
+    arrays["test_codes"][0, 0, 0] += 1
+    np.savez_compressed("away/codes.npz", **arrays)
+    refused(pixelcnn, "--resume", run, "--n_epochs", 3, says=["other codes"])
+
+
+def test_bad_codes(pixelcnn, codes, small, images, refused):
+    refused(pixelcnn, "--dataset", codes, "--binarize", *TINY, says=["--binarize"])
+    of_images = train(pixelcnn, *small)
+    refused(pixelcnn, "--resume", of_images, "--dataset", codes, "--n_epochs", 2, says=["other codes"])
+    of_codes = train(pixelcnn, "--dataset", codes, *TINY)
+    refused(pixelcnn, "--resume", of_codes, "--dataset", images, "--n_epochs", 2, says=["codes.npz"])
+    (codes / "decoder.pt2").unlink()
+    refused(pixelcnn, "--dataset", codes, *TINY, says=["decoder.pt2"])
+    (codes / "codes.npz").write_bytes(b"no zip")
+    refused(pixelcnn, "--dataset", codes, *TINY, says=["codes.npz", "cannot be read"])
+    assert len(list(Path("runs").iterdir())) == 3
+
+
+def test_the_codes_of_vqvae(pixelcnn, images, tmp_path, monkeypatch):
+    """A run of vqvae.py itself."""
     import vqvae
 
     monkeypatch.chdir(tmp_path)
-    refused(
-        pixelcnn, "--dataset", images, "--arch", "plusplus", "--img_size", 30, says=["side 30:", "of 4", "--img_size"]
-    )
-    assert not (tmp_path / "runs").exists()
-    options = ["--dataset", str(images), *SMALL, *SMALLER["vqvae"], "--img_size", "12", "--n_epochs", "0"]
-    codes = vqvae.train(vqvae.parse_args(options))
-    refused(pixelcnn, "--dataset", codes, "--arch", "plusplus", "--img_size", 32, *PRIOR, says=["side 3:", "vqvae.py"])
-
-
-@pytest.mark.parametrize("arch", ["gated", "plusplus"])
-def test_a_resumed_prior_is_exact(pixelcnn, codes, arch):
-    """With dropout and --amp, in plusplus."""
-    options = ["--dataset", str(codes), *PRIOR, "--arch", arch, "--conditional", *["--amp"] * (arch == "plusplus")]
-    whole = pixelcnn.train(pixelcnn.parse_args(options))
-    part = pixelcnn.train(pixelcnn.parse_args([*options, "--n_epochs", "1"]))
-    pixelcnn.train(pixelcnn.parse_args(["--resume", str(part), "--n_epochs", "2"]))
-    one, two = (pixelcnn.load(run).state_dict() for run in (whole, part))
-    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
-
-
-def test_images_of_another_size(pixelcnn, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folder = make_folder(tmp_path / "f", mode="L")
-    options = ["--dataset", str(folder), "--channels", "1", "--img_size", "5", *PRIOR, "--n_epochs", "1"]
-    run = pixelcnn.train(pixelcnn.parse_args(options))
-    assert pixelcnn.load(run).sample(2).shape == (2, 1, 5, 5)
+    sizes = ["--hidden_dim", "8", "--residual_dim", "4", "--latent_dim", "4", "--n_embeddings", "16"]
+    options = [
+        "--dataset",
+        str(images),
+        "--img_size",
+        "16",
+        "--batch_size",
+        "8",
+        "--n_epochs",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    codes = vqvae.train(vqvae.parse_args([*options, *sizes]))
+    model = pixelcnn.load(train(pixelcnn, "--dataset", codes, *TINY))
+    x = model.sample(3)
+    decoded = vqvae.load(codes).decode(x[:, 0])
+    torch.testing.assert_close(model.images(x), decoded.clamp(0, 1))

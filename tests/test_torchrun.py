@@ -1,159 +1,254 @@
-"""torchrun: several processes train one model."""
+"""torchrun: two processes train one model, as one process does; and one of them dies.
 
+This file is also the program that torchrun starts: see `work`.
+"""
+
+import importlib
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, SMALL, SMALLER
+from conftest import SCRIPTS, SMALL, SMALLER, checkpoint
+from torch import nn
 
-STEPS = f"""
-import sys, torch, torch.distributed as dist
-sys.path.insert(0, {str(ROOT)!r})
-import argparse, cgan, gan, pixelcnn, vae, vqvae
-torch.manual_seed(0)
-real, z, labels = torch.rand(8, 1, 16, 16), torch.randn(8, 4), torch.arange(8) % 3
-shown = torch.ones_like(labels)
-mine = slice(cgan.RANK, None, cgan.WORLD)
-if cgan.WORLD > 1:
-    dist.init_process_group("gloo")
-gradients = {{}}
-def sgd(model): return torch.optim.SGD(model.parameters(), lr=0.1)
-conditional = cgan, (3,), (labels[mine],), (shown[mine],), dict(conditioning="projection")
-for script, options, given, wrong, more in (conditional, (gan, (), (), (), dict(spread=False))):
-    for arch in ("mlp", "conv"):
-        G = script.Generator(4, *options, 16, 1, arch).eval()
-        D = script.Discriminator(*options, 16, 1, arch, **more).eval()
-        _, fake = script.generator_step(G, D, sgd(G), z[mine], *given)
-        script.discriminator_step(D, sgd(D), real[mine] * 2 - 1, *given, *wrong, fake)
-        for k, p in enumerate([*G.parameters(), *D.parameters()]):
-            gradients[f"{{script.__name__}} {{arch}} {{k}}"] = p.grad
-model = vae.VAE("mlp", [8], 3, 16, 1, 1, False)
-model.reparameterize = lambda mu, logvar: mu + torch.exp(0.5 * logvar)
-opt = argparse.Namespace(likelihood="bernoulli", beta=1.0, sigma=None, warmup=0)
-vae.train_step(model, sgd(model), real[mine], None, opt, 0)
-gradients |= {{f"vae {{k}}": p.grad for k, p in enumerate(model.parameters())}}
-for mode in ("ema", "loss"):
-    model = vqvae.VQVAE(5, 3, [1, 4, 8], 4)
-    model.codebook.requires_grad_(mode == "loss")
-    opt = argparse.Namespace(codebook=mode, commitment=0.25, decay=0.9, restart=False)
-    vqvae.train_step(model, sgd(model), real[mine], torch.tensor(0.1), opt)
-    gradients |= {{f"vqvae {{mode}} {{k}}": p.grad for k, p in enumerate(model.parameters()) if p.grad is not None}}
-    gradients |= {{f"vqvae {{mode}} codebook": model.codebook.detach(), f"vqvae {{mode}} counts": model.counts}}
-for arch in ("pixelcnn", "gated", "plusplus"):
-    model = pixelcnn.PixelCNN(arch, "bernoulli", 2, 1, 16, 4, 2, 0.0, 3)
-    pixelcnn.train_step(model, sgd(model), (real[mine] > 0.5).long(), labels[mine])
-    gradients |= {{f"pixelcnn {{arch}} {{k}}": p.grad for k, p in enumerate(model.parameters())}}
-torch.save(gradients, f"{{cgan.WORLD}}.{{cgan.RANK}}.pt")
-"""
+N_STEPS = 12  # of 2 epochs, as `images` has 54 of them
+TWO_EPOCHS = ["--n_epochs", "2", "--sample_interval", "12"]
+DIES_AT = 9  # the step in which the second process is killed
+END = 300  # seconds after which a test gives up waiting
 
-TRAIN = f"""
-import importlib, sys, torch
-sys.path.insert(0, {str(ROOT)!r})
-for name in {SCRIPTS!r}:
-    script = importlib.import_module(name)
-    opt = script.parse_args(sys.argv[1:] + {SMALLER!r}[name])
-    parts, start = {{}}, script.start
-    def start_and_keep(*args, **given):
-        parts.update(given)
-        return start(*args, **given)
-    script.start = start_and_keep
-    step = "discriminator_step" if "gan" in name else "train_step"
-    real_step, draws = getattr(script, step), []
-    def step_and_keep(*args):
-        draws.append((args[2].clone(), torch.rand(4)))
-        torch.manual_seed(int(draws[-1][1][0] * 2**31))
-        return real_step(*args)
-    setattr(script, step, step_and_keep)
-    script.train(opt)
-    torch.save(draws, f"{{name}}.draws.{{script.RANK}}.pt")
-    kept = torch.nn.Module.state_dict if name == "vqvae" else lambda part: dict(part.named_parameters())
-    models = {{k: kept(part) for k, part in parts.items() if isinstance(part, torch.nn.Module)}}
-    torch.save(models, f"{{name}}.{{script.RANK}}.pt")
-"""
+# Left out, for two processes to train as one: what is drawn at random, or looks at all images of a process.
+AS_ONE = {
+    "gan": ["--arch", "conv"],  # D of mlp looks at how much they vary
+    "pixelcnn": ["--lr", "1e-4"],  # a loss summed over pixels: 0.1 would blow rounding up
+    "pixelcnnpp": ["--lr", "1e-4", "--dropout", "0"],
+    "vae": ["--likelihood", "gaussian", "--sigma", "0.5"],  # the best sigma is theirs
+    "vqvae": ["--no-restart"],  # unused codes start again at images of the first process
+}
 
 
-PIPES = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+def options(name: str, images: str, *more: str) -> list[str]:
+    return ["--dataset", images, *SMALL, *SMALLER[name], *more]
 
 
-def torchrun(folder, file, *arguments):
-    """A program in two processes, started in a folder and not waited for."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(file)]
-    return subprocess.Popen([*launcher, *arguments], cwd=folder, **PIPES)
+# ---------------------------------------------------------------- what torchrun starts
 
 
-def begin(folder, images):
-    """One process that does the steps above, and two that do them and then train each script."""
-    (folder / "both.py").write_text(STEPS + TRAIN)
-    options = ["--dataset", str(images), *SMALL, "--n_epochs", "2", "--device", "cpu"]
-    one = subprocess.Popen([sys.executable, "-c", STEPS], cwd=folder, **PIPES)
-    return one, torchrun(folder, "both.py", *options)
+def work(images: str) -> None:
+    """Train each script, as it is and as `train_as_one`; then be killed in a third training of cgan.
+
+    What a process has for itself is saved as NAME.RANK.pt.
+    """
+    for name in SCRIPTS:
+        script = importlib.import_module(name)
+        seen = train_and_look(script, options(name, images, *TWO_EPOCHS))
+        train_as_one(script, options(name, images, "--out_dir", f"as_one/{name}"))
+        torch.save(seen, f"{name}.{script.RANK}.pt")
+
+    cgan = importlib.import_module("cgan")
+    cgan.CHECKPOINT_SECONDS = 0
+    end_step = cgan.Run.end_step
+
+    def end_step_or_die(run, **metrics):
+        if cgan.RANK == 1 and run.step + 1 == DIES_AT:
+            os.kill(os.getpid(), signal.SIGKILL)
+        end_step(run, **metrics)
+
+    cgan.Run.end_step = end_step_or_die
+    cgan.train(cgan.parse_args(options("cgan", images, "--n_epochs", "1000", "--out_dir", "killed")))
+
+
+def train_and_look(script, arguments: list[str]) -> dict:
+    """Train; return the folder, the files written, random numbers of each step, and the last weights."""
+    seen = {"step": [], "epoch": [], "files": [], "weights": {}}
+    seed = script.seed
+    replacing = script.replacing
+    finish = script.Run.finish
+
+    def seed_and_look(*key):
+        seed(*key)
+        if key[1] in seen:
+            seen[key[1]].append(torch.rand(4))
+            seed(*key)
+
+    def look_and_replace(file):
+        seen["files"].append(file.name)
+        return replacing(file)
+
+    def look_and_finish(run, *names):
+        for name, part in run.parts.items():
+            if isinstance(part, nn.Module):
+                seen["weights"] |= {f"{name}.{key}": weight for key, weight in part.named_parameters()}
+        finish(run, *names)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "seed", seed_and_look)
+        patch.setattr(script, "replacing", look_and_replace)
+        patch.setattr(script.Run, "finish", look_and_finish)
+        seen["folder"] = script.train(script.parse_args(arguments))
+    return seen
+
+
+def train_as_one(script, arguments: list[str]) -> Path:
+    """Train for an epoch so that any number of processes must come to the same weights, up to rounding.
+
+    Batch norm, whose statistics are those of a process, is left out. All processes draw the noise of the
+    whole batch, and each takes its rows. Adam, which makes much of rounding in small gradients, is SGD.
+    """
+    seed = script.seed
+    randn = torch.randn
+
+    def no_batch_norm(n_channels):
+        return nn.Identity()
+
+    def sgd(parameters, *args, **kwargs):
+        return torch.optim.SGD(parameters)
+
+    def seed_alike(*key):
+        seed(*key[:3])  # without the rank
+        torch.randn = rows_of_randn if key[1] == "step" else randn
+
+    def rows_of_randn(n, *size, **kwargs):
+        return randn(n * script.WORLD, *size, **kwargs)[script.RANK :: script.WORLD]
+
+    def rows_of_randn_like(x):
+        return rows_of_randn(*x.shape)
+
+    more = ["--n_epochs", "1", "--lr", "0.1", "--sample_interval", "1000", *AS_ONE.get(script.__name__, [])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn, "BatchNorm1d", no_batch_norm)
+        patch.setattr(nn, "BatchNorm2d", no_batch_norm)
+        patch.setattr(torch.optim, "Adam", sgd)
+        patch.setattr(script, "seed", seed_alike)
+        patch.setattr(torch, "randn", randn)  # afterwards
+        patch.setattr(torch, "randn_like", rows_of_randn_like)
+        return script.train(script.parse_args([*arguments, *more]))
+
+
+# ---------------------------------------------------------------- tests
 
 
 @pytest.fixture(scope="module")
-def two(begun):
-    """What these processes leave and print."""
-    folder, processes = begun
-    for child in processes:
-        out, err = child.communicate()
-        assert child.returncode == 0, err
-    return folder, out
-
-
-def test_gradients_are_those_of_one_process(two, monkeypatch):
-    """Up to rounding, for networks without batch norm and dropout: here in eval mode, with given rows and noise."""
-    monkeypatch.chdir(two[0])
-    one, first, second = (torch.load(f"{name}.pt") for name in ("1.0", "2.0", "2.1"))
-    assert one.keys() == first.keys() == second.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], first[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-        assert torch.equal(first[name], second[name]), name
-
-
-def test_only_training_is_shared(cgan, images, refused, tmp_path, monkeypatch):
-    """Processes that all generate would write everything twice, or wait for one another for ever."""
-    run = cgan.train(cgan.parse_args(["--dataset", str(images), *SMALL, "--n_epochs", "0", "--out_dir", str(tmp_path)]))
-    monkeypatch.setattr(cgan, "WORLD", 2)
-    refused(cgan, "--resume", run, "--generate", 1, says=["--generate", "torchrun"])
-
-
-def test_both_processes_end_with_the_same_weights(two, monkeypatch):
-    """Although each has rows, noise and dropout of its own; and one process goes on where two stopped."""
-    folder, out = two
-    monkeypatch.chdir(folder)
+def two(images, tmp_path_factory):
+    """The folder in which two processes have done the work above, and what they have printed."""
+    folder = tmp_path_factory.mktemp("two")
     for name in SCRIPTS:
-        assert out.count(f"writing to runs/{name}") == 1 and not Path(f"runs/{name}-2").exists()
-        first, second = (torch.load(f"{name}.{rank}.pt") for rank in (0, 1))
-        for (mine, noise), (theirs, other) in zip(
-            *(torch.load(f"{name}.draws.{rank}.pt") for rank in (0, 1)), strict=True
-        ):
-            assert len(mine) == len(theirs) == 4 and not (mine[:, None] == theirs).flatten(2).all(2).any()
-            assert not (noise == other).any()
-        for part in first:
-            for key, value in first[part].items():
-                assert torch.equal(value, second[part][key]), f"{name} {part} {key}"
-        script = __import__(name)
-        script.train(script.parse_args(["--resume", f"runs/{name}", "--n_epochs", "3"]))
-        assert len(Path(f"runs/{name}/log.csv").read_text().splitlines()) == 4
+        (folder / "runs" / name).mkdir(parents=True)  # so that a new run gets another name
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    child = subprocess.Popen(
+        [*command, __file__, str(images)],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        printed, _ = child.communicate(timeout=END)
+    except subprocess.TimeoutExpired:
+        child.terminate()  # torchrun ends its workers, too
+        pytest.fail(child.communicate(timeout=30)[0])
+    return folder, printed, child.returncode
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="kills a process by its name in /proc")
-def test_a_worker_that_dies(cgan, images, tmp_path, monkeypatch):
-    """The others end too, and the last checkpoint is there to go on from."""
+@pytest.fixture
+def seen(two, script):
+    """What the first and the second process had for themselves."""
+    folder, printed, _ = two
+    files = [folder / f"{script.__name__}.{rank}.pt" for rank in (0, 1)]
+    assert all(file.exists() for file in files), printed
+    return [torch.load(file, weights_only=False) for file in files]
+
+
+def test_two_processes_train_as_one(two, seen, script, images, tmp_path, monkeypatch):
+    """Each has its rows of every batch, and gradients are averaged."""
     monkeypatch.chdir(tmp_path)
-    options = ["--dataset", str(images), *SMALL, "--n_epochs", "100000", "--device", "cpu", "--out_dir", "two"]
-    child = torchrun(tmp_path, cgan.__file__, *options)
-    while not Path("two/log.csv").exists() or not Path("two/log.csv").stat().st_size:
-        assert child.poll() is None, child.communicate()
-        time.sleep(0.1)
-    children = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
-    workers = [int(pid) for pid in children if b"cgan.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    os.kill(workers[-1], signal.SIGKILL)
-    child.communicate(timeout=300)  # for ever, if the others were left waiting
-    assert child.returncode != 0
-    done = torch.load("two/checkpoint.pt", weights_only=True)["position"][0]
-    cgan.train(cgan.parse_args(["--resume", "two", "--n_epochs", str(done // 6 + 1)]))
+    run = train_as_one(script, options(script.__name__, str(images)))
+    one = checkpoint(run)
+    both = checkpoint(two[0] / "as_one" / script.__name__)
+    assert one["step"] == both["step"] == N_STEPS // 2
+    compared = 0
+    for name, part in one.items():
+        weights = part if isinstance(part, dict) else {}
+        for key, value in weights.items():
+            if isinstance(value, torch.Tensor):
+                what = f"{name} {key}"
+                torch.testing.assert_close(both[name][key], value, rtol=1e-4, atol=1e-5, msg=what)
+                compared += 1
+    assert compared > 4
+
+
+def test_both_have_the_same_weights_in_the_end(seen):
+    """Buffers may differ: the statistics of batch norm are of the images that a process has seen."""
+    first, second = (process["weights"] for process in seen)
+    assert len(first) > 4 and first.keys() == second.keys()
+    for name, weight in first.items():
+        assert torch.equal(weight, second[name]), name
+
+
+def test_each_has_its_own_noise_and_the_same_order(seen):
+    first, second = (torch.stack(process["step"]) for process in seen)
+    assert len(first) == N_STEPS
+    assert len(torch.cat([first, second]).unique(dim=0)) == 2 * N_STEPS
+    first, second = (torch.stack(process["epoch"]) for process in seen)
+    assert torch.equal(first, second) and len(first.unique(dim=0)) == 2
+
+
+def test_both_return_the_folder_that_the_first_made(two, seen, script):
+    folder, printed, _ = two
+    expected = Path(f"runs/{script.__name__}-2")
+    assert [process["folder"] for process in seen] == [expected, expected]
+    assert list((folder / "runs").glob(f"{script.__name__}-*")) == [folder / expected]
+    assert printed.count(f'to continue after a stop: --resume "{expected}"') == 1
+
+
+def test_only_the_first_writes(seen):
+    first, second = (process["files"] for process in seen)
+    assert {"checkpoint.pt", "log.csv", f"sample_{N_STEPS:08}.png", "sample.gif"} <= set(first)
+    assert second == []
+
+
+def test_one_process_resumes_what_two_began(two, seen, script, monkeypatch):
+    monkeypatch.chdir(two[0])
+    run = f"runs/{script.__name__}-2"
+    script.train(script.parse_args(["--resume", run, "--n_epochs", "3"]))
+    assert [row["step"] for row in checkpoint(run)["log"]] == [N_STEPS, N_STEPS + 6]
+
+
+def test_a_process_that_is_killed_ends_the_other(two, cgan, monkeypatch):
+    """And leaves a checkpoint, at most one step old, to go on from."""
+    folder, printed, status = two
+    monkeypatch.chdir(folder)
+    assert status != 0 and "SIGKILL" in printed
+    step = checkpoint("killed")["step"]
+    assert step in (DIES_AT - 1, DIES_AT)
+    cgan.train(cgan.parse_args(["--resume", "killed", "--n_epochs", "2"]))
+    assert checkpoint("killed")["step"] == N_STEPS
+
+
+def test_generating_is_refused(script, refused, monkeypatch):
+    """Each process would write everything."""
+    monkeypatch.setattr(script, "WORLD", 2)
+    refused(script, "--resume", "runs/any", "--generate", 1, says=["--generate", "torchrun"])
+
+
+@pytest.mark.parametrize(
+    "batch_size, processes, works", [(6, 3, True), (8, 3, False), (3, 3, False), (8, 2, True)]
+)
+def test_a_batch_is_shared_evenly(cgan, monkeypatch, batch_size, processes, works):
+    """And each process has two images or more, as batch norm needs them."""
+    monkeypatch.setattr(cgan, "WORLD", processes)
+    images = torch.zeros(20, 1, 8, 8, dtype=torch.uint8)
+    labels = torch.zeros(20, dtype=torch.long)
+    if works:
+        cgan.make_loader(images, labels, batch_size)
+    else:
+        with pytest.raises(cgan.InputError, match=f"--batch_size {batch_size}.* {processes} processes"):
+            cgan.make_loader(images, labels, batch_size)
+
+
+if __name__ == "__main__":
+    work(sys.argv[1])

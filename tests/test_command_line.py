@@ -1,0 +1,166 @@
+"""The scripts as users run them, in processes of their own; and the commands of the README.
+
+One process for each script; all begin with the first test that asks for one and run at the same time.
+"""
+
+import importlib
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SCRIPTS, SMALLER, checkpoint
+from PIL import Image
+
+# What a script prints is read; it neither waits for a terminal nor uses more than one core.
+PIPES = dict(
+    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+)
+
+IMPORTS = f"""
+import signal, socket, sys, torch
+def state():
+    handler = signal.getsignal(signal.SIGINT)
+    return torch.get_rng_state().tolist(), torch.get_num_threads(), handler, socket.getdefaulttimeout()
+before = state()
+sys.argv = ["x", "--nonsense"]
+sys.path.insert(0, {str(ROOT)!r})
+import {", ".join(SCRIPTS)}
+assert state() == before
+opt = cgan.parse_args(["--n_epochs", "3"])  # without docstrings, too
+assert opt.n_epochs == 3
+"""
+
+
+@pytest.fixture(scope="module")
+def children(images, tmp_path_factory):
+    """Each script, copied alone into an empty folder and trained there: cgan without data; and one that
+    imports all.
+    """
+    few = ["--n_epochs", "1", "--dataset", str(images), "--batch_size", "8", "--sample_interval", "4"]
+    options = {name: [*few, *SMALLER[name]] for name in SCRIPTS}
+    options["cgan"] = ["--n_epochs", "1", "--batch_size", "500", "--sample_interval", "10"]
+    started = {}
+    for name in (*SCRIPTS, "imports"):
+        folder = tmp_path_factory.mktemp(name)
+        command = ["-OO", "-B", "-c", IMPORTS]
+        if name in SCRIPTS:
+            command = [shutil.copy(ROOT / f"{name}.py", folder / "mine.py"), *options[name]]
+        started[name] = folder, subprocess.Popen([sys.executable, *command], cwd=folder, **PIPES)
+    yield started
+    for _, child in started.values():
+        child.kill()
+        child.communicate()
+
+
+def test_importing_does_nothing(children):
+    folder, child = children["imports"]
+    assert (*child.communicate(timeout=120), child.returncode) == ("", "", 0)
+    assert not list(folder.iterdir())
+
+
+def test_a_script_alone_in_an_empty_folder(script, children):
+    """Without the rest of the collection; and with no network and no data, on the built-in digits, which
+    it says.
+    """
+    folder, child = children[script.__name__]
+    out, err = child.communicate(timeout=240)
+    assert child.returncode == 0, err
+    assert "\r" not in out
+    grids = (4, 6)
+    if script.__name__ == "cgan":
+        grids = (10, 20)
+        assert out.startswith("warning: mnist is not in") and "refused" in out.splitlines()[0]
+        assert "digits: 10000 images (0: 1000, 1: 1000" in out
+    run = folder / "runs" / "mine"
+    files = {str(file.relative_to(run)) for file in run.rglob("*")}
+    assert {f"images/sample_{step:08}.png" for step in grids} | {
+        "sample.gif",
+        "log.csv",
+        "checkpoint.pt",
+    } <= files
+    assert Image.open(run / "sample.gif").n_frames == 2
+    assert not [file for file in folder.glob("data/**/*") if file.is_file()]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
+def test_stopped_at_any_moment_after_it_began(cgan, images, tmp_path):
+    """There is a run to resume once it is printed how to; Ctrl-C is no error with a traceback."""
+    command = [
+        sys.executable,
+        cgan.__file__,
+        "--dataset",
+        str(images),
+        "--batch_size",
+        "8",
+        "--n_epochs",
+        "100000",
+    ]
+
+    def start(*arguments):
+        child = subprocess.Popen([*command, *arguments], cwd=tmp_path, **PIPES)
+        while not child.stdout.readline().startswith("to continue after a stop: --resume"):
+            assert child.poll() is None
+        return child
+
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # or children of a background job would ignore it
+    child = start()
+    child.kill()
+    assert child.communicate(timeout=60)[1] == ""
+    assert checkpoint(tmp_path / "runs/cgan")["step"] == 0
+    child = start("--resume", "runs/cgan")
+    time.sleep(1)
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == 130 and err == ""
+    assert "how to continue is said above" in out
+
+
+# ---------------------------------------------------------------- the README
+
+README = (ROOT / "README.md").read_text()
+COMMAND = re.compile(rf"(?:python )?\b({'|'.join(SCRIPTS)})\.py((?: (?:-{{1,2}}\w+|[\w./…-]+))*)")
+
+
+def test_every_command_of_the_readme_can_be_typed(tmp_path, monkeypatch):
+    """Options in full and values that they take; of commands that resume a run, what can be told without
+    it.
+    """
+    monkeypatch.chdir(tmp_path)
+    commands = [(name, shlex.split(arguments)) for name, arguments in COMMAND.findall(README)]
+    assert len(commands) > 15
+    for name, arguments in commands:
+        script = importlib.import_module(name)
+        options = vars(script.parse_args([]))
+        arguments = [argument for argument in arguments if argument != "…"]
+        for argument in arguments:
+            if argument.startswith("--"):
+                assert argument.removeprefix("--").removeprefix("no-") in options, (name, argument)
+        if "--resume" not in arguments:
+            script.parse_args(arguments)
+
+
+def test_the_readme_lists_the_options(script):
+    """A cell of the table is empty where a script has no such option, and only there."""
+    table = README.partition("| option |")[2].partition("\n\n")[0]
+    header, _, *rows = table.splitlines()
+    column = [name.strip() for name in header.split("|")].index(script.__name__) + 1
+    listed = set()
+    for row in rows:
+        cells = row.split("|")
+        if cells[column + 1].strip():
+            listed |= set(re.findall(r"--(\w+)", cells[1]))
+    assert listed == set(vars(script.parse_args([])))
+
+
+def test_readme_links_lead_somewhere():
+    for link in re.findall(r"\]\(([^)#]+)", README):
+        assert link.startswith("https://") or Path(ROOT, link).exists(), link
