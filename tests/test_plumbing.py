@@ -83,9 +83,7 @@ def test_the_metadata_names_what_is_imported(script):
 COMMON = dict(
     n_epochs=200, channels=None, n_cpu=8, dataset=None, data_dir="data", seed=0, device="auto", b2=0.999
 )
-COMMON |= dict(
-    amp=False, resume=None, generate=None, ema=0.999, batch_size=64, sample_interval=400
-)
+COMMON |= dict(amp=False, resume=None, generate=None, ema=0.999, batch_size=64, sample_interval=400)
 OPTIONS = {
     "vae": dict(arch="burgess", latent_dim=32, lr=1e-3, b1=0.9, img_size=32, beta=1.0, prior="fitted"),
     "gan": dict(arch="mlp", latent_dim=100, lr=6e-4, b1=0.5),

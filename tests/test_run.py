@@ -334,7 +334,9 @@ def test_amp(script, small, trained, monkeypatch):
     state = checkpoint(run)
     exact = checkpoint(trained)
     for name in state.keys() & {"G", "D", "model"}:
-        pairs = [(a, exact[name][key]) for key, a in state[name].items() if a.is_floating_point() and a.numel()]
+        pairs = [
+            (a, exact[name][key]) for key, a in state[name].items() if a.is_floating_point() and a.numel()
+        ]
         assert all(a.dtype == torch.float32 for a, _ in pairs)
         assert not all(torch.equal(a, b) for a, b in pairs)
         if script.__name__ != "vqvae":  # whose first codes are drawn from outputs that differ
