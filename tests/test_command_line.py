@@ -136,7 +136,7 @@ def test_every_command_of_the_readme_can_be_typed(tmp_path, monkeypatch):
     """
     monkeypatch.chdir(tmp_path)
     commands = [(name, shlex.split(arguments)) for name, arguments in COMMAND.findall(README)]
-    assert len(commands) > 15
+    assert len(commands) > 10
     for name, arguments in commands:
         script = importlib.import_module(name)
         options = vars(script.parse_args([]))
@@ -158,7 +158,8 @@ def test_the_readme_lists_the_options(script):
         cells = row.split("|")
         if cells[column + 1].strip():
             listed |= set(re.findall(r"--(\w+)", cells[1]))
-    assert listed == set(vars(script.parse_args([])))
+    hidden = {"codes_hash"} | ({"channels"} if script.__name__ == "pixelcnn" else set())
+    assert listed == set(vars(script.parse_args([]))) - hidden
 
 
 def test_readme_links_lead_somewhere():
