@@ -447,7 +447,7 @@ def load_torchvision(name: str, data_dir: str, train: bool) -> tuple[Tensor, Ten
         data = dataset(data_dir, train)
     except Exception as e:  # torchvision raises many kinds
         place = Path(data_dir, folder)
-        raise InputError(f'"{place}" is damaged or incomplete ({e}): remove it and start again') from e
+        raise InputError(f'"{place}" is damaged or incomplete ({e!r}): remove it and start again') from e
     images = torch.as_tensor(data.data)
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
     # MNIST's are called "0 - zero"; and they become names of folders.
@@ -528,7 +528,7 @@ def load_folder(opt: Namespace) -> tuple[Tensor, Tensor, list[str]]:
 
 def find_files(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
     """The files in a folder and below, sorted. Skips hidden ones, and links back to a folder above."""
-    above |= {folder.resolve()}
+    above |= {folder.resolve(), *folder.resolve().parents}
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
@@ -566,6 +566,8 @@ def draw_digits(n: int) -> tuple[Tensor, Tensor, list[str]]:
 
 def make_loader(images: Tensor, labels: Tensor, batch_size: int) -> DataLoader:
     """Shuffled batches of images in memory, without what is left over at the end of an epoch."""
+    if images.is_floating_point():
+        raise TypeError("images must be whole numbers, from 0 to 255")
     if batch_size > len(images):
         raise InputError(f"--batch_size {batch_size} is more than the {len(images)} training images")
     if batch_size % WORLD or batch_size < 2 * WORLD:

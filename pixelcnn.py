@@ -147,12 +147,14 @@ class PixelCNN(nn.Module):
 
     @torch.no_grad()
     def sample(self, n: int, labels: Tensor | None = None) -> Tensor:
-        """Draw n values x (n, 1, size, size). Raises RuntimeError if a probability is not finite."""
+        """Draw n values x (n, 1, size, size). Raises InputError if the weights are not finite."""
         x = self.embed.weight.new_zeros(n, 1, self.size, self.size, dtype=torch.long)
         for i in range(self.size):
             drawn, above = self.start_row(x[:, :, : i + 1], labels)
             for j in range(self.size):
                 logits = self(drawn, labels, above)[:, :, -1, j].float()
+                if not logits.isfinite().all():
+                    raise InputError("the weights are not finite; start again with a lower --lr")
                 # drawn shares the memory of x, so that the next pass sees the new value.
                 x[:, :, i, j] = torch.multinomial(logits.softmax(dim=1), 1)
         return x
@@ -595,7 +597,7 @@ def load_torchvision(name: str, data_dir: str, train: bool) -> tuple[Tensor, Ten
         data = dataset(data_dir, train)
     except Exception as e:  # torchvision raises many kinds
         place = Path(data_dir, folder)
-        raise InputError(f'"{place}" is damaged or incomplete ({e}): remove it and start again') from e
+        raise InputError(f'"{place}" is damaged or incomplete ({e!r}): remove it and start again') from e
     images = torch.as_tensor(data.data)
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
     # MNIST's are called "0 - zero"; and they become names of folders.
@@ -676,7 +678,7 @@ def load_folder(opt: Namespace) -> tuple[Tensor, Tensor, list[str]]:
 
 def find_files(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
     """The files in a folder and below, sorted. Skips hidden ones, and links back to a folder above."""
-    above |= {folder.resolve()}
+    above |= {folder.resolve(), *folder.resolve().parents}
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
@@ -714,6 +716,8 @@ def draw_digits(n: int) -> tuple[Tensor, Tensor, list[str]]:
 
 def make_loader(images: Tensor, labels: Tensor, batch_size: int) -> DataLoader:
     """Shuffled batches of images in memory, without what is left over at the end of an epoch."""
+    if images.is_floating_point():
+        raise TypeError("images must be whole numbers, from 0 to 255")
     if batch_size > len(images):
         raise InputError(f"--batch_size {batch_size} is more than the {len(images)} training images")
     if batch_size % WORLD or batch_size < 2 * WORLD:

@@ -226,7 +226,7 @@ def test_the_first_error_is_told(cgan, refused, run, monkeypatch):
 
 def test_a_loss_that_is_not_finite(script, refused, small, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "CHECKPOINT_SECONDS", 0)
-    refused(script, *small, "--n_epochs", 50, "--lr", 1e8, says=["is not finite", "lower --lr"])
+    refused(script, *small, "--n_epochs", 50, "--lr", 9e17, says=["is not finite", "lower --lr"])
     state = checkpoint(tmp_path / "runs" / script.__name__)
     weights = [t for part in state.values() if isinstance(part, dict) for t in part.values()]
     weights = [t for t in weights if isinstance(t, torch.Tensor) and t.is_floating_point()]
@@ -240,3 +240,16 @@ def test_a_programmers_mistake_keeps_its_traceback(cgan, small, command, monkeyp
     monkeypatch.setattr(cgan, "average_gradients", broken)
     with pytest.raises(ValueError, match="a mistake of the loss"):
         command(cgan, *small)
+
+
+def test_float_images_of_ones_own(cgan, small, monkeypatch):
+    """Images in [0, 1] would train on next to nothing: it is told what is wanted."""
+    load_data = cgan.load_data
+
+    def load_floats(opt):
+        images, labels, classes = load_data(opt)
+        return images / 255, labels, classes
+
+    monkeypatch.setattr(cgan, "load_data", load_floats)
+    with pytest.raises(TypeError, match="whole numbers"):
+        cgan.train(cgan.parse_args(small))

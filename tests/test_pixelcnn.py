@@ -249,7 +249,7 @@ def test_drawing_row_by_row_equals_the_full_pass(pixelcnn, arch):
 def test_weights_that_are_not_finite_draw_nothing(pixelcnn, arch):
     model = network(pixelcnn, arch)
     model.position_bias.data[:, :, 3, 3] = math.nan
-    with pytest.raises(RuntimeError):
+    with pytest.raises(pixelcnn.InputError):
         model.sample(2)
 
 

@@ -334,10 +334,10 @@ def test_amp(script, small, trained, monkeypatch):
     state = checkpoint(run)
     exact = checkpoint(trained)
     for name in state.keys() & {"G", "D", "model"}:
-        pairs = [
-            (a, exact[name][key]) for key, a in state[name].items() if a.is_floating_point() and a.numel()
-        ]
+        # The codes of vqvae.py are outputs of its encoder, drawn at random: small differences grow.
+        names = [key for key in state[name] if key not in ("codebook", "counts")]
+        pairs = [(state[name][key], exact[name][key]) for key in names]
+        pairs = [(a, b) for a, b in pairs if a.is_floating_point() and a.numel()]
         assert all(a.dtype == torch.float32 for a, _ in pairs)
         assert not all(torch.equal(a, b) for a, b in pairs)
-        if script.__name__ != "vqvae":  # whose first codes are drawn from outputs that differ
-            assert all((a - b).abs().max() < 0.05 * (1 + b.abs().max()) for a, b in pairs)
+        assert all((a - b).abs().max() < 0.05 * (1 + b.abs().max()) for a, b in pairs)
