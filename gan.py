@@ -65,9 +65,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     p = ArgumentParser(usage="%(prog)s [options]", description=__doc__, formatter_class=Help)
     add = p.add_argument_group("model").add_argument
     add("--arch", choices=["mlp", "conv"], default="mlp", help="fully connected or convolutional")
+    add("--hidden_dim", type=count, default=32, help="conv: channels at the finest level")
     add("--latent_dim", type=count, default=100, help="size of z")
-    add("--noise", type=number(float, 0),
-        help="standard deviation of the noise on D's input; if not given: 0.1, conv: 0.4")  # fmt: skip
+    add("--noise", type=number(float, 0), default=0.1, help="standard deviation of the noise on D's input")
     add("--ema", type=fraction, default=0.999, help="decay rate of G's averaged weights; 0: off")
     add = p.add_argument_group("training").add_argument
     add("--n_epochs", type=count, default=200, help="epochs in total, those before a resume included")
@@ -76,14 +76,13 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--lr_hold", type=count, default=8000, help="steps at this rate; then it falls as 1/sqrt(step)")
     add("--b1", type=fraction, default=0.5, help="Adam: decay rate of the first moment")
     add("--b2", type=fraction, default=0.999, help="Adam: decay rate of the second moment")
-    add("--seed", type=natural, default=0, help="random seed; with --generate, another one draws others")
+    add("--seed", type=number(int, 0), default=0, help="random seed; another one generates other images")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     add("--amp", action=ON_OFF, default=False, help="forward passes in bfloat16; slower on some CPUs")
     add = p.add_argument_group("data").add_argument
     add("--dataset", help="mnist (if not given), fashion_mnist, cifar10, digits or a folder of images")
     add("--data_dir", default="data", help="folder for downloaded data sets")
-    add("--img_size", type=count,
-        help="side of the images in pixels; if not given: 28, conv: 32; conv: a multiple of 8")  # fmt: skip
+    add("--img_size", type=count, default=32, help="side of the images in pixels; conv: a multiple of 4")
     add("--channels", type=int, choices=[1, 3], help="1: grey, 3: colour (default: the data's; a folder: 3)")
     add("--n_cpu", type=count, default=8, help="threads that read the images of a folder")
     add = p.add_argument_group("run").add_argument
@@ -92,12 +91,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--resume", metavar="RUN", help="continue the run in this folder, with its options")
     add("--generate", type=count, metavar="N", help="with --resume: write N images instead of training")
     opt = parse_and_check(p, argv)
-    if opt.noise is None:
-        opt.noise = {"mlp": 0.1, "conv": 0.4}[opt.arch]
-    if opt.img_size is None:
-        opt.img_size = {"mlp": 28, "conv": 32}[opt.arch]
-    if opt.arch == "conv" and opt.img_size % 8:
-        p.error(f"--img_size {opt.img_size}: --arch conv needs a multiple of 8")
+    if opt.arch == "conv" and opt.img_size % 4:
+        p.error(f"--img_size {opt.img_size}: --arch conv needs a multiple of 4")
     return opt
 
 
@@ -105,9 +100,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 class Generator(nn.Module):
-    """Noise z (N, latent_dim), standard normal -> images (N, channels, img_size, img_size) in [-1, 1]."""
+    """Noise z (N, latent_dim), standard normal -> images (N, channels, img_size, img_size) in [-1, 1].
 
-    def __init__(self, arch: str, img_size: int, channels: int, latent_dim: int):
+    --arch conv doubles the side of the images at each level and halves the channels, down to hidden_dim.
+    """
+
+    def __init__(self, arch: str, img_size: int, channels: int, latent_dim: int, hidden_dim: int):
         super().__init__()
         if arch == "mlp":
             self.net = nn.Sequential(
@@ -119,64 +117,60 @@ class Generator(nn.Module):
                 nn.Unflatten(1, (channels, img_size, img_size)),
             )  # fmt: skip
         else:
-            side = img_size // 8
-            self.net = nn.Sequential(
-                nn.Linear(latent_dim, 128 * side**2), nn.Unflatten(1, (128, side, side)),
-                nn.BatchNorm2d(128), nn.ReLU(), nn.ConvTranspose2d(128, 64, 4, 2, 1),
-                nn.BatchNorm2d(64), nn.ReLU(), nn.ConvTranspose2d(64, 32, 4, 2, 1),
-                nn.BatchNorm2d(32), nn.ReLU(), nn.ConvTranspose2d(32, channels, 4, 2, 1), nn.Tanh(),
-            )  # fmt: skip
-            self.apply(init_dcgan)
+            # From the image back to z: at each level half the side and, after the first, twice the channels.
+            side = img_size
+            n_in, n_out = hidden_dim, channels
+            layers = [nn.Tanh()]
+            while side % 2 == 0 and side >= 8:
+                up = [nn.BatchNorm2d(n_in), nn.ReLU(), nn.ConvTranspose2d(n_in, n_out, 4, 2, 1)]
+                layers = up + layers
+                n_in, n_out = 2 * n_in, n_in
+                side //= 2
+            first = [nn.Linear(latent_dim, n_out * side**2), nn.Unflatten(1, (n_out, side, side))]
+            self.net = nn.Sequential(*first, *layers)
 
     def forward(self, z: Tensor) -> Tensor:
         return self.net(z)
 
 
 class Discriminator(nn.Module):
-    """Images (N, channels, img_size, img_size) in [-1, 1] -> logits (N, 1): the log-odds of being real."""
+    """Images (N, channels, img_size, img_size) in [-1, 1] -> logits (N, 1): the log-odds of being real.
 
-    def __init__(self, arch: str, img_size: int, channels: int, noise: float = 0.0):
+    --arch conv halves the side of the images at each level and doubles the channels, from hidden_dim.
+    """
+
+    def __init__(self, arch: str, img_size: int, channels: int, hidden_dim: int, noise: float):
         super().__init__()
         self.noise = noise
         if arch == "mlp":
-            self.net = nn.Sequential(
+            n_features = 256
+            self.features = nn.Sequential(
                 nn.Flatten(),
                 nn.Linear(channels * img_size**2, 512), nn.LeakyReLU(0.2),
-                nn.Linear(512, 256), nn.LeakyReLU(0.2), Spread(),
-                nn.Linear(257, 256), nn.LeakyReLU(0.2),
-                nn.Linear(256, 1),
+                nn.Linear(512, 256), nn.LeakyReLU(0.2),
             )  # fmt: skip
         else:
-            self.net = nn.Sequential(
-                nn.Conv2d(channels, 32, 4, 2, 1), nn.LeakyReLU(0.2),
-                nn.Conv2d(32, 64, 4, 2, 1), nn.BatchNorm2d(64), nn.LeakyReLU(0.2),
-                nn.Conv2d(64, 128, 4, 2, 1), nn.BatchNorm2d(128), nn.LeakyReLU(0.2),
-                nn.Flatten(), nn.Linear(128 * (img_size // 8) ** 2, 1),
-            )  # fmt: skip
-            self.apply(init_dcgan)
+            # The same way back: from the image, to at least 4 x 4 positions.
+            side = img_size // 2
+            dim = hidden_dim
+            layers = [nn.Conv2d(channels, dim, 4, 2, 1), nn.LeakyReLU(0.2)]
+            while side % 2 == 0 and side >= 8:
+                layers += [nn.Conv2d(dim, 2 * dim, 4, 2, 1), nn.BatchNorm2d(2 * dim), nn.LeakyReLU(0.2)]
+                side //= 2
+                dim *= 2
+            n_features = dim * side**2
+            self.features = nn.Sequential(*layers, nn.Flatten())
+        self.score = nn.Sequential(nn.Linear(n_features + 1, 256), nn.LeakyReLU(0.2), nn.Linear(256, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        if self.training and self.noise:
+        if self.training:
             # Without noise, D would recognise fake digits by their background, which is never quite black.
             images = images + self.noise * torch.randn_like(images)
-        return self.net(images)
-
-
-class Spread(nn.Module):
-    """Features (N, F) -> (N, F + 1): appends how much they vary in the batch, one number for all images.
-
-    By it D recognises a G that draws the same few images again and again.
-    """
-
-    def forward(self, h: Tensor) -> Tensor:
+        h = self.features(images)
+        # How much the features vary in the batch, one number for all its images: by it D recognises a G
+        # that draws the same few images again and again.
         spread = h.std(dim=0, correction=0).mean()
-        return torch.cat([h, spread.expand(len(h), 1)], dim=1)
-
-
-def init_dcgan(layer: nn.Module) -> None:
-    """Weights from N(0, 0.02^2), as in DCGAN."""
-    if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-        nn.init.normal_(layer.weight, std=0.02)
+        return self.score(torch.cat([h, spread.expand(len(h), 1)], dim=1))
 
 
 # ---------------------------------------------------------------- training
@@ -196,13 +190,14 @@ def train(opt: Namespace) -> Path:
     loader = make_loader(images.to(device), labels.to(device), opt.batch_size)
 
     torch.manual_seed(opt.seed)
-    G = Generator(opt.arch, opt.img_size, opt.channels, opt.latent_dim)
-    D = Discriminator(opt.arch, opt.img_size, opt.channels, opt.noise)
+    G = Generator(opt.arch, opt.img_size, opt.channels, opt.latent_dim, opt.hidden_dim)
+    D = Discriminator(opt.arch, opt.img_size, opt.channels, opt.hidden_dim, opt.noise)
     G.to(device, memory_format=torch.channels_last)  # faster convolutions
     D.to(device, memory_format=torch.channels_last)
     G_avg = copy.deepcopy(G).eval().requires_grad_(False)  # for sample grids and load()
-    optimizer_G = torch.optim.Adam(G.parameters(), opt.lr, (opt.b1, opt.b2), fused=True)
-    optimizer_D = torch.optim.Adam(D.parameters(), opt.lr, (opt.b1, opt.b2), fused=True)
+    betas = (opt.b1, opt.b2)
+    optimizer_G = torch.optim.Adam(G.parameters(), opt.lr, betas, fused=True)
+    optimizer_D = torch.optim.Adam(D.parameters(), opt.lr, betas, fused=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=opt.amp)
 
     grid_z = torch.randn(25, opt.latent_dim).to(device)
@@ -216,7 +211,7 @@ def train(opt: Namespace) -> Path:
             lr = opt.lr * min(1, opt.lr_hold / (run.step + 1)) ** 0.5
             optimizer_G.param_groups[0]["lr"] = lr
             optimizer_D.param_groups[0]["lr"] = lr
-            real = real[RANK::WORLD].to(device) / 127.5 - 1  # from 0..255 to [-1, 1]
+            real = real[RANK::WORLD] / 127.5 - 1  # from 0..255 to [-1, 1]
             z = torch.randn(len(real), opt.latent_dim, device=device)
 
             # generator
@@ -250,7 +245,7 @@ def train(opt: Namespace) -> Path:
                 run.record()
             run.save_if_due()
         n_done = 0
-    run.finish("sample")
+    run.finish()
     return run.folder
 
 
@@ -265,7 +260,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Generator:
     """
     state = read_checkpoint(folder)
     o = Namespace(**state["options"])
-    G = Generator(o.arch, o.img_size, o.channels, o.latent_dim)
+    G = Generator(o.arch, o.img_size, o.channels, o.latent_dim, o.hidden_dim)
     G.load_state_dict(state["G_avg"])
     G.options = o
     return G.to(device).eval().requires_grad_(False)
@@ -314,7 +309,6 @@ def number(kind: type, low: float, below: float = 1e18) -> Callable[[str], float
     return parse
 
 
-natural = number(int, 0)
 count = number(int, 1)
 positive = number(float, 1e-9)
 fraction = number(float, 0, 1)
@@ -612,8 +606,9 @@ class Run:
         before = f"{state['n_images']} images of {', '.join(state['options']['classes'])}"
         now = f"{len(self.loader.dataset)} images of {', '.join(self.opt.classes)}"
         if now != before:
-            texts = f"{shorten(now, 300)}; the run was started with {shorten(before, 300)}"
-            raise InputError(f"{self.opt.dataset} has {texts}")
+            raise InputError(
+                f"{self.opt.dataset} has {shorten(now, 300)}; the run was started with {shorten(before, 300)}"
+            )
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.step = state["step"]
@@ -631,8 +626,11 @@ class Run:
 
     def record(self, **more: float) -> None:
         """Log and print the means of the metrics since the last record, and the values in `more`."""
-        row = {"step": self.step, "epoch": round(self.step / len(self.loader), 2)}
-        row["seconds"] = round(time.perf_counter() - self.start, 2)
+        row = {
+            "step": self.step,
+            "epoch": round(self.step / len(self.loader), 2),
+            "seconds": round(time.perf_counter() - self.start, 2),
+        }
         row |= {name: float(total) / self.n_steps for name, total in self.sums.items()} | more
         self.log.append(row)
         self.sums = {}
@@ -652,22 +650,29 @@ class Run:
     def save(self) -> None:
         """Write checkpoint.pt and log.csv. Raises InputError if the weights are not finite."""
         self.saved = time.perf_counter()
+        state = {
+            "script": SCRIPT,
+            "options": json.loads(json.dumps(vars(self.opt), default=str)),  # a Path becomes a str
+            "n_images": len(self.loader.dataset),
+            "step": self.step,
+            "seconds": self.saved - self.start,
+            "log": self.log,
+            "sums": self.sums,
+            "n_steps": self.n_steps,
+        }
         for name, part in self.parts.items():
             if isinstance(part, nn.Module) and not all(p.isfinite().all() for p in part.parameters()):
                 raise InputError(f"step {self.step}: {name} is not finite; start again with a lower --lr")
+            state[name] = part.state_dict()
         if RANK > 0:
             return
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"script": SCRIPT, "n_images": len(self.loader.dataset), "step": self.step, "log": self.log}
-        state |= {"sums": self.sums, "n_steps": self.n_steps, "seconds": self.saved - self.start}
-        state["options"] = json.loads(json.dumps(vars(self.opt), default=str))  # a Path becomes a str
         buffer = io.BytesIO()  # torch.save would hide that the disk is full
         torch.save(state, buffer)
         with replacing(self.folder / "checkpoint.pt") as file:
             file.write_bytes(buffer.getbuffer())
         if self.log:
             with replacing(self.folder / "log.csv") as file, open(file, "w", newline="") as table:
-                writer = csv.DictWriter(table, self.log[-1], extrasaction="ignore")
+                writer = csv.DictWriter(table, self.log[-1])
                 writer.writeheader()
                 writer.writerows(self.log)
 
@@ -678,16 +683,15 @@ class Run:
             with replacing(self.folder / "images" / f"{name}_{self.step:08}.png") as file:
                 save_image(images, file, nrow=n_columns)
 
-    def finish(self, *names: str) -> None:
-        """Write the last checkpoint, and animate the grids of each name: at most 100, evenly spread."""
+    def finish(self) -> None:
+        """Write the last checkpoint, and animate the sample grids: at most 100 of them, evenly spread."""
         self.save()
-        for name in names:
-            paths = sorted(self.folder.glob(f"images/{name}_*.png"))
-            if RANK == 0 and paths:
-                chosen = torch.linspace(0, len(paths) - 1, min(len(paths), 100)).long()
-                first, *rest = [Image.open(paths[i]) for i in chosen]
-                with replacing(self.folder / f"{name}.gif") as file:
-                    first.save(file, save_all=True, append_images=rest, duration=100, loop=0)
+        paths = sorted(self.folder.glob("images/sample_*.png"))
+        if RANK == 0 and paths:
+            chosen = torch.linspace(0, len(paths) - 1, min(len(paths), 100)).long()
+            first, *rest = [Image.open(paths[i]) for i in chosen]
+            with replacing(self.folder / "sample.gif") as file:
+                first.save(file, save_all=True, append_images=rest, duration=100, loop=0)
         say(f'done; to train longer: --resume "{self.folder}" --n_epochs N')
 
 
@@ -744,7 +748,7 @@ def new_folder(path: Path) -> Path:
 
 
 def main() -> None:
-    if hasattr(sys.stdout, "reconfigure"):
+    with suppress(AttributeError):
         sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without UTF-8
     try:
         opt = parse_args()

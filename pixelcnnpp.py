@@ -33,6 +33,7 @@ import json
 import math
 import os
 import random
+import shutil
 import socket
 import sys
 import tempfile
@@ -60,7 +61,7 @@ from torchvision.transforms import v2
 from torchvision.utils import save_image
 
 SCRIPT = Path(__file__).stem  # a script resumes its own runs only
-USES = {"generate", "labels"}  # options that use a trained run: they need --resume
+USES = {"generate"}  # options that use a trained run: they need --resume
 
 # ---------------------------------------------------------------- options
 
@@ -83,7 +84,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--lr", type=positive, default=2e-3, help="Adam: learning rate")
     add("--b1", type=fraction, default=0.9, help="Adam: decay rate of the first moment")
     add("--b2", type=fraction, default=0.999, help="Adam: decay rate of the second moment")
-    add("--seed", type=natural, default=0, help="random seed; with --generate, another one draws others")
+    add("--seed", type=number(int, 0), default=0, help="random seed; another one generates other images")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     add("--amp", action=ON_OFF, default=False, help="forward passes in bfloat16; slower on some CPUs")
     add = p.add_argument_group("data").add_argument
@@ -100,18 +101,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--sample_interval", type=count, default=4000, help="steps between tests, sample grids and log rows")
     add("--resume", metavar="RUN", help="continue the run in this folder, with its options")
     add("--generate", type=count, metavar="N", help="with --resume: write N images instead of training")
-    add("--labels", nargs="+", metavar="CLASS", help="with --generate: only of these classes")
     p.set_defaults(codes_hash=None)  # not an option: train() sets it
     opt = parse_and_check(p, argv)
     if opt.binarize:
         opt.channels = 1
-    if opt.labels and not opt.generate:
-        p.error("--labels needs --generate N")
-    if opt.labels and not opt.conditional:
-        p.error("--labels: this run was trained without --conditional")
-    for name in opt.labels or []:
-        if name not in opt.classes:
-            p.error(f"--labels {name}: the classes are {shorten(', '.join(opt.classes), 400)}")
     return opt
 
 
@@ -219,7 +212,7 @@ class GatedBlock(nn.Module):
         self.label_bias = nn.Parameter(torch.zeros(n_classes, 2 * dim))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, other: Tensor | None, labels: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, other: Tensor | None, labels: Tensor) -> Tensor:
         x = self.resize(x)
         h = self.first(concat_elu(x))
         if other is not None:
@@ -259,7 +252,7 @@ class PixelCNNpp(nn.Module):
         self.n_values = n_values
         self.channels = channels
         self.size = size
-        self.decoder = None  # of codes: the bytes of decoder.pt2
+        self.decoder = None  # of codes: the file decoder.pt2
         if softmax:
             n_in = min(n_values, dim)
             n_out = n_values
@@ -285,7 +278,7 @@ class PixelCNNpp(nn.Module):
             self.up.append(nn.ModuleList([u_block, ul_block]))
         self.out = nn.Sequential(nn.ELU(), normed(nn.Conv2d(dim, n_out, 1)))
 
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         if self.softmax:
             inputs = self.embed(x[:, 0]).movedim(-1, 1)
         else:
@@ -305,7 +298,7 @@ class PixelCNNpp(nn.Module):
             ul = ul_block(ul, torch.cat([u, ul_down], dim=1), labels)
         return self.out(ul)
 
-    def log_prob(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+    def log_prob(self, x: Tensor, labels: Tensor) -> Tensor:
         """log p(x) (N,), in nats."""
         out = self(x, labels).float()
         if self.softmax:
@@ -314,25 +307,27 @@ class PixelCNNpp(nn.Module):
             log_p = mixture_log_prob(out, x)
         return log_p.sum(dim=(1, 2))
 
-    @torch.no_grad()
     def images(self, x: Tensor) -> Tensor:
         """Values (N, channels, size, size) -> images in [0, 1]. Codes are decoded, on the CPU."""
         if self.decoder is None:
             return x / (self.n_values - 1)
-        decode = torch.export.load(io.BytesIO(self.decoder)).module()
+        decode = torch.export.load(io.BytesIO(self.decoder.read_bytes())).module()
         return decode(x[:, 0].cpu())
 
     @torch.no_grad()
     @parametrize.cached()  # weight norm is computed once
-    def sample(self, n: int, labels: Tensor | None = None) -> Tensor:
-        """Draw n values x (n, channels, size, size). Raises InputError if the weights are not finite."""
-        x = self.position_bias.new_zeros(n, self.channels, self.size, self.size, dtype=torch.long)
+    def sample(self, labels: Tensor) -> Tensor:
+        """Draw values x (N, channels, size, size), one for each label (N,).
+
+        Raises InputError if what the network gives is not finite.
+        """
+        x = labels.new_zeros(len(labels), self.channels, self.size, self.size)
         for i in range(self.size):
             n_rows = 4 * (i // 4 + 1)  # up to row i, as a multiple of 4
             for j in range(self.size):
                 out = self(x[:, :, :n_rows], labels)[:, :, i, j].float()
                 if not out.isfinite().all():
-                    raise InputError("the weights are not finite; start again with a lower --lr")
+                    raise InputError("what the network gives is not finite; start again with a lower --lr")
                 if self.softmax:
                     x[:, 0, i, j] = Categorical(logits=out).sample()
                 else:
@@ -375,10 +370,17 @@ def load_codes(opt: Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     opt.classes = arrays["classes"].tolist()
     opt.n_values = int(arrays["n_embeddings"])
     opt.img_size = arrays["codes"].shape[1]
-    names = ["codes", "labels", "test_codes", "test_labels"]
-    codes, labels, test_codes, test_labels = [torch.from_numpy(arrays[name]).long() for name in names]
-    say(f'{len(codes)} images as codes, {len(test_codes)} for the test, in "{file}"')
+    codes, labels, test_codes, test_labels = [
+        torch.from_numpy(arrays[name]).long() for name in ("codes", "labels", "test_codes", "test_labels")
+    ]
     return codes[:, None], labels, test_codes[:, None], test_labels
+
+
+def to_values(images: Tensor, binarize: bool) -> Tensor:
+    """Grey levels or codes to int64; with binarize, grey levels to 0 and 1, drawn in proportion to them."""
+    if binarize:
+        return (images / 255).bernoulli().long()
+    return images.long()
 
 
 @torch.no_grad()
@@ -410,39 +412,31 @@ def train(opt: Namespace) -> Path:
     if opt.img_size % 4:
         raise InputError(f"the side of the images or codes, {opt.img_size}, is not a multiple of 4")
     loader = make_loader(images, labels, opt.batch_size)
-    test_x = test_images.long()
-    if opt.binarize:
-        seed("test images")  # always the same black and white ones
-        test_x = (test_images / 255).bernoulli().long()
-    test_x = test_x.to(device)
+    seed("test images")  # if drawn, always the same ones
+    test_x = to_values(test_images, opt.binarize).to(device)
     test_labels = test_labels.to(device)
 
     torch.manual_seed(opt.seed)
-    model = new_model(opt)
-    model.to(device, memory_format=torch.channels_last)  # faster convolutions
+    model = new_model(opt).to(device, memory_format=torch.channels_last)  # faster convolutions
     model_avg = copy.deepcopy(model).eval().requires_grad_(False)  # for tests, sample grids and load()
-    if opt.codes_hash:
-        model_avg.decoder = Path(opt.dataset, "decoder.pt2").read_bytes()
     optimizer = torch.optim.Adam(model.parameters(), opt.lr, (opt.b1, opt.b2), fused=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=opt.amp)
 
     # With --conditional, column k of a sample grid is class k; of fewer than 10 classes they start again.
-    grid_labels = torch.arange(10).repeat(3).to(device) % len(opt.classes)
+    grid_labels = torch.arange(30, device=device) % 10 % len(opt.classes)
 
     run = Run(opt, loader, model=model, model_avg=model_avg, optimizer=optimizer)
     if opt.codes_hash and RANK == 0:
-        with replacing(run.folder / "decoder.pt2") as file:  # so that drawing needs no run of vqvae.py
-            file.write_bytes(model_avg.decoder)
+        model_avg.decoder = run.folder / "decoder.pt2"
+        with replacing(model_avg.decoder) as file:  # a copy, so that drawing needs no run of vqvae.py
+            shutil.copyfile(Path(opt.dataset, "decoder.pt2"), file)
     first_epoch, n_done = divmod(run.step, len(loader))
     for epoch in range(first_epoch, opt.n_epochs):
         seed(opt.seed, "epoch", epoch)  # of the order of the images, for a resumed run as before
         for real, y in itertools.islice(loader, n_done, None):
             seed(opt.seed, "step", run.step, RANK)  # of pixels and dropout, for a resumed run as before
-            real = real[RANK::WORLD].to(device)
-            y = y[RANK::WORLD].to(device)
-            x = real.long()
-            if opt.binarize:
-                x = (real / 255).bernoulli().long()  # black and white pixels, drawn anew in each epoch
+            x = to_values(real[RANK::WORLD], opt.binarize)  # black and white is drawn anew in each epoch
+            y = y[RANK::WORLD]
 
             with autocast:
                 nats = -model.log_prob(x, y).mean()  # the last steps of it are in float32
@@ -455,13 +449,13 @@ def train(opt: Namespace) -> Path:
             run.end_step(nats=nats)
             if run.step % opt.sample_interval == 0 or run.step == run.last_step:
                 seed(opt.seed, "grid")  # the same random numbers each time
-                drawn = model_avg.sample(30, grid_labels)
+                drawn = model_avg.sample(grid_labels)
                 run.save_grid("sample", model_avg.images(drawn), 10)
                 run.record(**test(model_avg, test_x, test_labels))
             run.save_if_due()
         n_done = 0
 
-    run.finish("sample")
+    run.finish()
     return run.folder
 
 
@@ -480,7 +474,7 @@ def new_model(opt: Namespace) -> PixelCNNpp:
 def load(folder: str | Path, device: str | torch.device = "cpu") -> PixelCNNpp:
     """The averaged model of a run, in eval mode, with the run's options as `model.options`.
 
-    model.log_prob(x, labels) is log p(x) in nats, model.sample(n, labels) draws x, and model.images(x) makes
+    model.log_prob(x, labels) is log p(x) in nats, model.sample(labels) draws x, and model.images(x) makes
     images of x, values (N, channels, size, size) of type int64. Label k is the class
     model.options.classes[k]; without --conditional labels do not matter.
     Raises InputError if the folder is not that of a run of this script.
@@ -490,7 +484,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> PixelCNNpp:
     model = new_model(options)
     model.load_state_dict(state["model_avg"])
     if options.codes_hash:
-        model.decoder = Path(folder, "decoder.pt2").read_bytes()
+        model.decoder = Path(folder, "decoder.pt2")
     model.options = options
     return model.to(device).eval().requires_grad_(False)
 
@@ -500,19 +494,17 @@ def generate(opt: Namespace) -> Path:
     device = find_device(opt.device)
     model = load(opt.resume, device)
     folder = new_folder(Path(opt.resume, "generated"))
-    names = opt.labels or opt.classes
-    names = [names[i % len(names)] for i in range(opt.generate)]
-    labels = torch.tensor([opt.classes.index(name) for name in names], device=device)
+    labels = torch.arange(opt.generate, device=device) % len(opt.classes)
     torch.manual_seed(opt.seed)
-    for i, name in enumerate(names):
-        if i % 100 == 0:  # so many are drawn at once
-            say(f"{i} of {opt.generate} images")
-            part = labels[i : i + 100]
-            images = model.images(model.sample(len(part), part))
-        place = folder / name if opt.conditional else folder
-        place.mkdir(exist_ok=True)
-        with replacing(place / f"{i:06}.png") as file:
-            save_image(images[i % 100], file)
+    n_drawn = 0
+    for part in labels.split(100):
+        for image, label in zip(model.images(model.sample(part)), part):
+            place = folder / opt.classes[label] if opt.conditional else folder
+            place.mkdir(exist_ok=True)
+            with replacing(place / f"{n_drawn:06}.png") as file:
+                save_image(image, file)
+            n_drawn += 1
+        say(f"{n_drawn} of {opt.generate} images")
     say(f'{opt.generate} images in "{folder}"')
     return folder
 
@@ -546,7 +538,6 @@ def number(kind: type, low: float, below: float = 1e18) -> Callable[[str], float
     return parse
 
 
-natural = number(int, 0)
 count = number(int, 1)
 positive = number(float, 1e-9)
 fraction = number(float, 0, 1)
@@ -844,8 +835,9 @@ class Run:
         before = f"{state['n_images']} images of {', '.join(state['options']['classes'])}"
         now = f"{len(self.loader.dataset)} images of {', '.join(self.opt.classes)}"
         if now != before:
-            texts = f"{shorten(now, 300)}; the run was started with {shorten(before, 300)}"
-            raise InputError(f"{self.opt.dataset} has {texts}")
+            raise InputError(
+                f"{self.opt.dataset} has {shorten(now, 300)}; the run was started with {shorten(before, 300)}"
+            )
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.step = state["step"]
@@ -863,8 +855,11 @@ class Run:
 
     def record(self, **more: float) -> None:
         """Log and print the means of the metrics since the last record, and the values in `more`."""
-        row = {"step": self.step, "epoch": round(self.step / len(self.loader), 2)}
-        row["seconds"] = round(time.perf_counter() - self.start, 2)
+        row = {
+            "step": self.step,
+            "epoch": round(self.step / len(self.loader), 2),
+            "seconds": round(time.perf_counter() - self.start, 2),
+        }
         row |= {name: float(total) / self.n_steps for name, total in self.sums.items()} | more
         self.log.append(row)
         self.sums = {}
@@ -884,22 +879,29 @@ class Run:
     def save(self) -> None:
         """Write checkpoint.pt and log.csv. Raises InputError if the weights are not finite."""
         self.saved = time.perf_counter()
+        state = {
+            "script": SCRIPT,
+            "options": json.loads(json.dumps(vars(self.opt), default=str)),  # a Path becomes a str
+            "n_images": len(self.loader.dataset),
+            "step": self.step,
+            "seconds": self.saved - self.start,
+            "log": self.log,
+            "sums": self.sums,
+            "n_steps": self.n_steps,
+        }
         for name, part in self.parts.items():
             if isinstance(part, nn.Module) and not all(p.isfinite().all() for p in part.parameters()):
                 raise InputError(f"step {self.step}: {name} is not finite; start again with a lower --lr")
+            state[name] = part.state_dict()
         if RANK > 0:
             return
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"script": SCRIPT, "n_images": len(self.loader.dataset), "step": self.step, "log": self.log}
-        state |= {"sums": self.sums, "n_steps": self.n_steps, "seconds": self.saved - self.start}
-        state["options"] = json.loads(json.dumps(vars(self.opt), default=str))  # a Path becomes a str
         buffer = io.BytesIO()  # torch.save would hide that the disk is full
         torch.save(state, buffer)
         with replacing(self.folder / "checkpoint.pt") as file:
             file.write_bytes(buffer.getbuffer())
         if self.log:
             with replacing(self.folder / "log.csv") as file, open(file, "w", newline="") as table:
-                writer = csv.DictWriter(table, self.log[-1], extrasaction="ignore")
+                writer = csv.DictWriter(table, self.log[-1])
                 writer.writeheader()
                 writer.writerows(self.log)
 
@@ -910,16 +912,15 @@ class Run:
             with replacing(self.folder / "images" / f"{name}_{self.step:08}.png") as file:
                 save_image(images, file, nrow=n_columns)
 
-    def finish(self, *names: str) -> None:
-        """Write the last checkpoint, and animate the grids of each name: at most 100, evenly spread."""
+    def finish(self) -> None:
+        """Write the last checkpoint, and animate the sample grids: at most 100 of them, evenly spread."""
         self.save()
-        for name in names:
-            paths = sorted(self.folder.glob(f"images/{name}_*.png"))
-            if RANK == 0 and paths:
-                chosen = torch.linspace(0, len(paths) - 1, min(len(paths), 100)).long()
-                first, *rest = [Image.open(paths[i]) for i in chosen]
-                with replacing(self.folder / f"{name}.gif") as file:
-                    first.save(file, save_all=True, append_images=rest, duration=100, loop=0)
+        paths = sorted(self.folder.glob("images/sample_*.png"))
+        if RANK == 0 and paths:
+            chosen = torch.linspace(0, len(paths) - 1, min(len(paths), 100)).long()
+            first, *rest = [Image.open(paths[i]) for i in chosen]
+            with replacing(self.folder / "sample.gif") as file:
+                first.save(file, save_all=True, append_images=rest, duration=100, loop=0)
         say(f'done; to train longer: --resume "{self.folder}" --n_epochs N')
 
 
@@ -976,7 +977,7 @@ def new_folder(path: Path) -> Path:
 
 
 def main() -> None:
-    if hasattr(sys.stdout, "reconfigure"):
+    with suppress(AttributeError):
         sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without UTF-8
     try:
         opt = parse_args()

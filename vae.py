@@ -74,13 +74,11 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     """
     p = ArgumentParser(usage="%(prog)s [options]", description=__doc__, formatter_class=Help)
     add = p.add_argument_group("model").add_argument
-    add("--arch", choices=["burgess", "mlp", "vanilla"], default="burgess",
-        help="convolutional: burgess or, with five levels, vanilla; fully connected: mlp")  # fmt: skip
+    add("--arch", choices=["burgess", "conv", "vanilla", "mlp"], default="burgess",
+        help="convolutional with two, four or five levels; or fully connected")  # fmt: skip
     add("--conditional", action=ON_OFF, default=False, help="encoder and decoder are given the label")
     add("--likelihood", choices=["bernoulli", "gaussian"],
         help="p(x|z) of a pixel; if not given: bernoulli for grey images, gaussian for colour")  # fmt: skip
-    add("--sigma", type=positive,
-        help="gaussian: standard deviation of a pixel; if not given: the likeliest")  # fmt: skip
     add("--binarize", action=ON_OFF, default=False,
         help="bernoulli: binary images, drawn anew each time with the pixels as probabilities")  # fmt: skip
     add("--beta", type=number(float, 0), default=1.0, help="weight of the KL; 1: the ELBO")
@@ -94,14 +92,14 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--lr", type=positive, default=1e-3, help="Adam: learning rate")
     add("--b1", type=fraction, default=0.9, help="Adam: decay rate of the first moment")
     add("--b2", type=fraction, default=0.999, help="Adam: decay rate of the second moment")
-    add("--seed", type=natural, default=0, help="random seed; with --generate, another one draws others")
+    add("--seed", type=number(int, 0), default=0, help="random seed; another one generates other images")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     add("--amp", action=ON_OFF, default=False, help="forward passes in bfloat16; slower on some CPUs")
     add = p.add_argument_group("data").add_argument
     add("--dataset", help="mnist (if not given), fashion_mnist, cifar10, digits or a folder of images")
     add("--data_dir", default="data", help="folder for downloaded data sets")
     add("--img_size", type=count, default=32,
-        help="side of the images in pixels; burgess: a multiple of 4")  # fmt: skip
+        help="side of the images in pixels; burgess: a multiple of 4; conv: of 16")  # fmt: skip
     add("--channels", type=int, choices=[1, 3], help="1: grey, 3: colour (default: the data's; a folder: 3)")
     add("--n_cpu", type=count, default=8, help="threads that read the images of a folder")
     add = p.add_argument_group("run").add_argument
@@ -113,10 +111,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--reconstruct", metavar="FOLDER",
         help="with --resume: write the images of a folder beside their reconstructions")  # fmt: skip
     opt = parse_and_check(p, argv)
-    if opt.arch == "burgess" and opt.img_size % 4:
-        p.error(f"--img_size {opt.img_size}: --arch burgess needs a multiple of 4")
-    if opt.sigma is not None and opt.likelihood != "gaussian":
-        p.error("--sigma needs --likelihood gaussian")
+    divisor = {"burgess": 4, "conv": 16}.get(opt.arch, 1)
+    if opt.img_size % divisor:
+        p.error(f"--img_size {opt.img_size}: --arch {opt.arch} needs a multiple of {divisor}")
     if opt.binarize and opt.likelihood != "bernoulli":
         p.error("--binarize needs --likelihood bernoulli")
     if opt.labels and not opt.generate:
@@ -130,14 +127,16 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 # ---------------------------------------------------------------- networks
 
 
-def down(n_in: int, n_out: int) -> nn.Sequential:
-    """A level of the encoder with --arch vanilla: halves the side of the images, rounded up."""
-    return nn.Sequential(nn.Conv2d(n_in, n_out, 3, 2, 1), nn.BatchNorm2d(n_out), nn.LeakyReLU())
+def down(n_in: int, n_out: int, kernel_size: int) -> nn.Sequential:
+    """A level of the encoder: halves the side of the images, rounded up. kernel_size: 3 or 4."""
+    conv = nn.Conv2d(n_in, n_out, kernel_size, 2, 1)
+    return nn.Sequential(conv, nn.BatchNorm2d(n_out), nn.LeakyReLU())
 
 
-def up(n_in: int, n_out: int) -> nn.Sequential:
-    """A level of the decoder with --arch vanilla: doubles the side of the images."""
-    return nn.Sequential(nn.ConvTranspose2d(n_in, n_out, 3, 2, 1, 1), nn.BatchNorm2d(n_out), nn.LeakyReLU())
+def up(n_in: int, n_out: int, kernel_size: int) -> nn.Sequential:
+    """A level of the decoder: doubles the side of the images. kernel_size: 3 or 4."""
+    conv = nn.ConvTranspose2d(n_in, n_out, kernel_size, 2, 1, output_padding=4 - kernel_size)
+    return nn.Sequential(conv, nn.BatchNorm2d(n_out), nn.LeakyReLU())
 
 
 class VAE(nn.Module):
@@ -166,14 +165,26 @@ class VAE(nn.Module):
             side = math.ceil(img_size / 32)
             n_features = 512 * side**2
             self.encoder = nn.Sequential(
-                down(n_in, 32), down(32, 64), down(64, 128), down(128, 256), down(256, 512),
+                down(n_in, 32, 3), down(32, 64, 3), down(64, 128, 3), down(128, 256, 3), down(256, 512, 3),
                 nn.Flatten(),
             )  # fmt: skip
             self.decoder = nn.Sequential(
                 nn.Unflatten(1, (512, side, side)),
-                up(512, 256), up(256, 128), up(128, 64), up(64, 32), up(32, 32),
+                up(512, 256, 3), up(256, 128, 3), up(128, 64, 3), up(64, 32, 3), up(32, 32, 3),
                 nn.Conv2d(32, channels, 3, 1, 1),
                 v2.CenterCrop(img_size),  # the levels end with 32 * side pixels
+            )  # fmt: skip
+        elif arch == "conv":
+            side = img_size // 16
+            n_features = 512 * side**2
+            self.encoder = nn.Sequential(
+                down(n_in, 64, 4), down(64, 128, 4), down(128, 256, 4), down(256, 512, 4),
+                nn.Flatten(),
+            )  # fmt: skip
+            self.decoder = nn.Sequential(
+                nn.Unflatten(1, (512, side, side)),
+                up(512, 256, 4), up(256, 128, 4), up(128, 64, 4),
+                nn.ConvTranspose2d(64, channels, 4, 2, 1),
             )  # fmt: skip
         else:  # Burgess et al. 2018, arXiv:1804.03599, with fewer levels and with SiLU
             side = img_size // 4
@@ -206,15 +217,12 @@ class VAE(nn.Module):
         h = self.encoder(x)
         return self.mu(h), self.logvar(h)
 
-    def decoder_input(self, z: Tensor, labels: Tensor) -> Tensor:
-        """z and the embedding of the label as the decoder gets them (N, n_features): linear in both."""
-        if self.conditional:
-            return self.decode_z(z) + self.decode_label(labels)
-        return self.decode_z(z)
-
     def decode(self, z: Tensor, labels: Tensor) -> Tensor:
         """Logits (N, channels, img_size, img_size): their sigmoid is the mean of p(x|z)."""
-        return self.decoder(self.decoder_input(z, labels))
+        h = self.decode_z(z)
+        if self.conditional:
+            h = h + self.decode_label(labels)
+        return self.decoder(h)
 
     def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The logits decoded from one sample of q(z|x), and its mu and logvar."""
@@ -274,11 +282,15 @@ def log_likelihood(x: Tensor, logits: Tensor, likelihood: str, variance: Tensor)
 
 
 def best_variance(x: Tensor, logits: Tensor) -> Tensor:
-    """The variance at which images x are likeliest: the mean squared error (Rybkin et al.).
+    """The variance at which images x are likeliest: the mean squared error (Rybkin et al.), of all processes.
 
     No gradient passes: at this variance, the slope of the likelihood in it is 0.
     """
-    return (x - logits.detach().sigmoid()).square().mean().clamp(min=1e-6)
+    variance = (x - logits.detach().sigmoid()).square().mean()
+    if WORLD > 1:
+        dist.all_reduce(variance)
+        variance /= WORLD
+    return variance.clamp(min=1e-6)
 
 
 def kl_divergence(mu: Tensor, logvar: Tensor) -> Tensor:
@@ -301,17 +313,6 @@ def test(model: VAE, images: Tensor, labels: Tensor, opt: Namespace) -> float:
         elbo = log_likelihood(x, logits, opt.likelihood, model.variance) - kl_divergence(mu, logvar)
         total += float(elbo.sum())
     return total / len(images)
-
-
-def interpolate(model: VAE, x: Tensor, labels: Tensor) -> Tensor:
-    """Ten rows of images: column k goes from the reconstruction of x[k] to that of x[k - 1].
-
-    The input of the decoder changes evenly, and with it z and the embedding of the label.
-    """
-    mu, _ = model.encode(x, labels)
-    h = model.decoder_input(mu, labels)
-    rows = [h.lerp(h.roll(1, dims=0), i / 9) for i in range(10)]
-    return model.decoder(torch.cat(rows)).sigmoid()
 
 
 def hold_out(opt: Namespace, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -352,7 +353,6 @@ def train(opt: Namespace) -> Path:
     torch.manual_seed(opt.seed)
     model = VAE(opt.arch, opt.img_size, opt.channels, opt.latent_dim, n_classes, opt.conditional)
     model.to(device, memory_format=torch.channels_last)  # faster convolutions
-    model.variance.fill_((opt.sigma or 1.0) ** 2)
     model_avg = copy.deepcopy(model).eval().requires_grad_(False)  # for tests, grids and load()
     prior = Prior(n_classes, opt.latent_dim).to(device)
     optimizer = torch.optim.Adam(model.parameters(), opt.lr, (opt.b1, opt.b2), fused=True)
@@ -371,13 +371,13 @@ def train(opt: Namespace) -> Path:
         seed(opt.seed, "epoch", epoch)  # of the order of the images, for a resumed run as before
         for real, y in itertools.islice(loader, n_done, None):
             seed(opt.seed, "step", run.step, RANK)  # of the noise, for a resumed run as before
-            x = to_x(real[RANK::WORLD].to(device), opt.binarize)
-            y = y[RANK::WORLD].to(device)
+            x = to_x(real[RANK::WORLD], opt.binarize)
+            y = y[RANK::WORLD]
 
             with autocast:
                 logits, mu, logvar = model(x, y)
             logits = logits.float()
-            if opt.likelihood == "gaussian" and opt.sigma is None:
+            if opt.likelihood == "gaussian":
                 model.variance.copy_(best_variance(x, logits))  # averaged, too, as the weights are
             log_px = log_likelihood(x, logits, opt.likelihood, model.variance).mean()
             kl = kl_divergence(mu.float(), logvar.float()).mean()
@@ -396,11 +396,10 @@ def train(opt: Namespace) -> Path:
                 run.save_grid("sample", model_avg.decode(z, grid_labels).sigmoid(), 10)
                 pairs = torch.cat([grid_x, model_avg.reconstruct(grid_x, grid_y)])
                 run.save_grid("recon", pairs, len(grid_x))
-                run.save_grid("interpolation", interpolate(model_avg, grid_x, grid_y), len(grid_x))
                 run.record(test_elbo=test(model_avg, test_images, test_labels, opt))
             run.save_if_due()
         n_done = 0
-    run.finish("sample", "recon")
+    run.finish()
     return run.folder
 
 
@@ -498,7 +497,6 @@ def number(kind: type, low: float, below: float = 1e18) -> Callable[[str], float
     return parse
 
 
-natural = number(int, 0)
 count = number(int, 1)
 positive = number(float, 1e-9)
 fraction = number(float, 0, 1)
@@ -796,8 +794,9 @@ class Run:
         before = f"{state['n_images']} images of {', '.join(state['options']['classes'])}"
         now = f"{len(self.loader.dataset)} images of {', '.join(self.opt.classes)}"
         if now != before:
-            texts = f"{shorten(now, 300)}; the run was started with {shorten(before, 300)}"
-            raise InputError(f"{self.opt.dataset} has {texts}")
+            raise InputError(
+                f"{self.opt.dataset} has {shorten(now, 300)}; the run was started with {shorten(before, 300)}"
+            )
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.step = state["step"]
@@ -815,8 +814,11 @@ class Run:
 
     def record(self, **more: float) -> None:
         """Log and print the means of the metrics since the last record, and the values in `more`."""
-        row = {"step": self.step, "epoch": round(self.step / len(self.loader), 2)}
-        row["seconds"] = round(time.perf_counter() - self.start, 2)
+        row = {
+            "step": self.step,
+            "epoch": round(self.step / len(self.loader), 2),
+            "seconds": round(time.perf_counter() - self.start, 2),
+        }
         row |= {name: float(total) / self.n_steps for name, total in self.sums.items()} | more
         self.log.append(row)
         self.sums = {}
@@ -836,22 +838,29 @@ class Run:
     def save(self) -> None:
         """Write checkpoint.pt and log.csv. Raises InputError if the weights are not finite."""
         self.saved = time.perf_counter()
+        state = {
+            "script": SCRIPT,
+            "options": json.loads(json.dumps(vars(self.opt), default=str)),  # a Path becomes a str
+            "n_images": len(self.loader.dataset),
+            "step": self.step,
+            "seconds": self.saved - self.start,
+            "log": self.log,
+            "sums": self.sums,
+            "n_steps": self.n_steps,
+        }
         for name, part in self.parts.items():
             if isinstance(part, nn.Module) and not all(p.isfinite().all() for p in part.parameters()):
                 raise InputError(f"step {self.step}: {name} is not finite; start again with a lower --lr")
+            state[name] = part.state_dict()
         if RANK > 0:
             return
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"script": SCRIPT, "n_images": len(self.loader.dataset), "step": self.step, "log": self.log}
-        state |= {"sums": self.sums, "n_steps": self.n_steps, "seconds": self.saved - self.start}
-        state["options"] = json.loads(json.dumps(vars(self.opt), default=str))  # a Path becomes a str
         buffer = io.BytesIO()  # torch.save would hide that the disk is full
         torch.save(state, buffer)
         with replacing(self.folder / "checkpoint.pt") as file:
             file.write_bytes(buffer.getbuffer())
         if self.log:
             with replacing(self.folder / "log.csv") as file, open(file, "w", newline="") as table:
-                writer = csv.DictWriter(table, self.log[-1], extrasaction="ignore")
+                writer = csv.DictWriter(table, self.log[-1])
                 writer.writeheader()
                 writer.writerows(self.log)
 
@@ -862,16 +871,15 @@ class Run:
             with replacing(self.folder / "images" / f"{name}_{self.step:08}.png") as file:
                 save_image(images, file, nrow=n_columns)
 
-    def finish(self, *names: str) -> None:
-        """Write the last checkpoint, and animate the grids of each name: at most 100, evenly spread."""
+    def finish(self) -> None:
+        """Write the last checkpoint, and animate the sample grids: at most 100 of them, evenly spread."""
         self.save()
-        for name in names:
-            paths = sorted(self.folder.glob(f"images/{name}_*.png"))
-            if RANK == 0 and paths:
-                chosen = torch.linspace(0, len(paths) - 1, min(len(paths), 100)).long()
-                first, *rest = [Image.open(paths[i]) for i in chosen]
-                with replacing(self.folder / f"{name}.gif") as file:
-                    first.save(file, save_all=True, append_images=rest, duration=100, loop=0)
+        paths = sorted(self.folder.glob("images/sample_*.png"))
+        if RANK == 0 and paths:
+            chosen = torch.linspace(0, len(paths) - 1, min(len(paths), 100)).long()
+            first, *rest = [Image.open(paths[i]) for i in chosen]
+            with replacing(self.folder / "sample.gif") as file:
+                first.save(file, save_all=True, append_images=rest, duration=100, loop=0)
         say(f'done; to train longer: --resume "{self.folder}" --n_epochs N')
 
 
@@ -928,7 +936,7 @@ def new_folder(path: Path) -> Path:
 
 
 def main() -> None:
-    if hasattr(sys.stdout, "reconfigure"):
+    with suppress(AttributeError):
         sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without UTF-8
     try:
         opt = parse_args()

@@ -93,7 +93,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--lr", type=positive, default=1e-3, help="Adam: learning rate")
     add("--b1", type=fraction, default=0.9, help="Adam: decay rate of the first moment")
     add("--b2", type=fraction, default=0.999, help="Adam: decay rate of the second moment")
-    add("--seed", type=natural, default=0, help="random seed; with --generate, another one draws others")
+    add("--seed", type=number(int, 0), default=0, help="random seed; another one generates other images")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     add("--amp", action=ON_OFF, default=False, help="forward passes in bfloat16; slower on some CPUs")
     add = p.add_argument_group("data").add_argument
@@ -304,7 +304,7 @@ def train(opt: Namespace) -> Path:
         seed(opt.seed, "epoch", epoch)  # of the order of the images, for a resumed run as before
         for x, _ in itertools.islice(loader, n_done, None):
             seed(opt.seed, "step", run.step, RANK)  # of the restarts, for a resumed run as before
-            x = x[RANK::WORLD].to(device) / 255  # from 0..255 to [0, 1]
+            x = x[RANK::WORLD] / 255  # from 0..255 to [0, 1]
             with autocast:
                 z = model.encoder(x).float()
             codes = model.nearest(z)
@@ -332,7 +332,7 @@ def train(opt: Namespace) -> Path:
                 run.record(**measure(model_avg, test_images, variance, opt))
             run.save_if_due()
         n_done = 0
-    run.finish("sample", "recon")
+    run.finish()
     if RANK == 0:
         write_codes(
             run.folder,
@@ -445,7 +445,6 @@ def number(kind: type, low: float, below: float = 1e18) -> Callable[[str], float
     return parse
 
 
-natural = number(int, 0)
 count = number(int, 1)
 positive = number(float, 1e-9)
 fraction = number(float, 0, 1)
@@ -743,8 +742,9 @@ class Run:
         before = f"{state['n_images']} images of {', '.join(state['options']['classes'])}"
         now = f"{len(self.loader.dataset)} images of {', '.join(self.opt.classes)}"
         if now != before:
-            texts = f"{shorten(now, 300)}; the run was started with {shorten(before, 300)}"
-            raise InputError(f"{self.opt.dataset} has {texts}")
+            raise InputError(
+                f"{self.opt.dataset} has {shorten(now, 300)}; the run was started with {shorten(before, 300)}"
+            )
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.step = state["step"]
@@ -762,8 +762,11 @@ class Run:
 
     def record(self, **more: float) -> None:
         """Log and print the means of the metrics since the last record, and the values in `more`."""
-        row = {"step": self.step, "epoch": round(self.step / len(self.loader), 2)}
-        row["seconds"] = round(time.perf_counter() - self.start, 2)
+        row = {
+            "step": self.step,
+            "epoch": round(self.step / len(self.loader), 2),
+            "seconds": round(time.perf_counter() - self.start, 2),
+        }
         row |= {name: float(total) / self.n_steps for name, total in self.sums.items()} | more
         self.log.append(row)
         self.sums = {}
@@ -783,22 +786,29 @@ class Run:
     def save(self) -> None:
         """Write checkpoint.pt and log.csv. Raises InputError if the weights are not finite."""
         self.saved = time.perf_counter()
+        state = {
+            "script": SCRIPT,
+            "options": json.loads(json.dumps(vars(self.opt), default=str)),  # a Path becomes a str
+            "n_images": len(self.loader.dataset),
+            "step": self.step,
+            "seconds": self.saved - self.start,
+            "log": self.log,
+            "sums": self.sums,
+            "n_steps": self.n_steps,
+        }
         for name, part in self.parts.items():
             if isinstance(part, nn.Module) and not all(p.isfinite().all() for p in part.parameters()):
                 raise InputError(f"step {self.step}: {name} is not finite; start again with a lower --lr")
+            state[name] = part.state_dict()
         if RANK > 0:
             return
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"script": SCRIPT, "n_images": len(self.loader.dataset), "step": self.step, "log": self.log}
-        state |= {"sums": self.sums, "n_steps": self.n_steps, "seconds": self.saved - self.start}
-        state["options"] = json.loads(json.dumps(vars(self.opt), default=str))  # a Path becomes a str
         buffer = io.BytesIO()  # torch.save would hide that the disk is full
         torch.save(state, buffer)
         with replacing(self.folder / "checkpoint.pt") as file:
             file.write_bytes(buffer.getbuffer())
         if self.log:
             with replacing(self.folder / "log.csv") as file, open(file, "w", newline="") as table:
-                writer = csv.DictWriter(table, self.log[-1], extrasaction="ignore")
+                writer = csv.DictWriter(table, self.log[-1])
                 writer.writeheader()
                 writer.writerows(self.log)
 
@@ -809,16 +819,15 @@ class Run:
             with replacing(self.folder / "images" / f"{name}_{self.step:08}.png") as file:
                 save_image(images, file, nrow=n_columns)
 
-    def finish(self, *names: str) -> None:
-        """Write the last checkpoint, and animate the grids of each name: at most 100, evenly spread."""
+    def finish(self) -> None:
+        """Write the last checkpoint, and animate the sample grids: at most 100 of them, evenly spread."""
         self.save()
-        for name in names:
-            paths = sorted(self.folder.glob(f"images/{name}_*.png"))
-            if RANK == 0 and paths:
-                chosen = torch.linspace(0, len(paths) - 1, min(len(paths), 100)).long()
-                first, *rest = [Image.open(paths[i]) for i in chosen]
-                with replacing(self.folder / f"{name}.gif") as file:
-                    first.save(file, save_all=True, append_images=rest, duration=100, loop=0)
+        paths = sorted(self.folder.glob("images/sample_*.png"))
+        if RANK == 0 and paths:
+            chosen = torch.linspace(0, len(paths) - 1, min(len(paths), 100)).long()
+            first, *rest = [Image.open(paths[i]) for i in chosen]
+            with replacing(self.folder / "sample.gif") as file:
+                first.save(file, save_all=True, append_images=rest, duration=100, loop=0)
         say(f'done; to train longer: --resume "{self.folder}" --n_epochs N')
 
 
@@ -875,7 +884,7 @@ def new_folder(path: Path) -> Path:
 
 
 def main() -> None:
-    if hasattr(sys.stdout, "reconfigure"):
+    with suppress(AttributeError):
         sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without UTF-8
     try:
         opt = parse_args()

@@ -77,8 +77,8 @@ SMALL = ["--batch_size", "8", "--img_size", "16", "--sample_interval", "4", "--d
 SMALLER = {name: ["--latent_dim", "4"] for name in ("vae", "gan", "cgan", "vqvae")}
 SMALLER["vae"] += ["--arch", "mlp"]
 SMALLER["vqvae"] += ["--hidden_dim", "8", "--residual_dim", "4", "--n_embeddings", "16"]
-SMALLER["pixelcnn"] = ["--hidden_dim", "8", "--n_layers", "1", "--img_size", "8"]
-SMALLER["pixelcnnpp"] = ["--hidden_dim", "8", "--n_layers", "1", "--img_size", "8"]
+SMALLER["pixelcnn"] = ["--hidden_dim", "4", "--n_layers", "1", "--img_size", "4"]
+SMALLER["pixelcnnpp"] = ["--hidden_dim", "4", "--n_layers", "1", "--img_size", "4"]
 
 
 @pytest.fixture

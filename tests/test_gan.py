@@ -16,11 +16,11 @@ def gan():
     return gan
 
 
-def networks(gan, arch="mlp", img_size=16, channels=1, noise=0.0):
+def networks(gan, arch="mlp", img_size=16, channels=1, hidden_dim=8, noise=0.0):
     torch.manual_seed(0)
-    return gan.Generator(arch, img_size, channels, latent_dim=4), gan.Discriminator(
-        arch, img_size, channels, noise
-    )
+    G = gan.Generator(arch, img_size, channels, 4, hidden_dim)
+    D = gan.Discriminator(arch, img_size, channels, hidden_dim, noise)
+    return G, D
 
 
 def linear(layer, x):
@@ -40,7 +40,7 @@ def of_kind(network, *kinds):
 
 @pytest.mark.parametrize("arch", ["mlp", "conv"])
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("img_size", [8, 24, 32])
+@pytest.mark.parametrize("img_size", [8, 28, 32, 48])
 def test_shapes_and_ranges(gan, arch, channels, img_size):
     G, D = networks(gan, arch, img_size, channels)
     images = G(torch.randn(5, 4))
@@ -61,19 +61,20 @@ def test_the_mlp_generator_by_hand(gan):
     torch.testing.assert_close(G(z), wanted, rtol=1e-3, atol=1e-4)
 
 
+def score(D, h):
+    """From the features of a batch: the last layers are told how much they vary in it, too."""
+    spread = (h - h.mean(0)).square().mean(0).sqrt().mean()
+    first, last = of_kind(D.score, nn.Linear)
+    return linear(last, leaky_relu(linear(first, torch.cat([h, spread.expand(len(h), 1)], dim=1)), 0.2))
+
+
 def test_the_mlp_discriminator_by_hand(gan):
-    """Its third layer is told how much the features vary in the batch: the mean of their standard
-    deviations.
-    """
     _, D = networks(gan)
     x = torch.randn(5, 1, 16, 16)
-    first, second, third, last = of_kind(D, nn.Linear)
+    first, second = of_kind(D.features, nn.Linear)
     h = leaky_relu(linear(first, x.flatten(1)), 0.2)
     h = leaky_relu(linear(second, h), 0.2)
-    spread = (h - h.mean(0)).square().mean(0).sqrt().mean()
-    h = torch.cat([h, spread.expand(5, 1)], dim=1)
-    wanted = linear(last, leaky_relu(linear(third, h), 0.2))
-    torch.testing.assert_close(D(x), wanted, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(D(x), score(D, h), rtol=1e-3, atol=1e-4)
 
 
 def test_equal_images_give_finite_gradients(gan):
@@ -84,13 +85,19 @@ def test_equal_images_give_finite_gradients(gan):
     assert images.grad.isfinite().all()
 
 
-def test_the_conv_networks_by_hand(gan):
-    """DCGAN: batch norm in G but on the output, in D but on the input; ReLU in G, leaky ReLU in D."""
-    G, D = networks(gan, "conv")
+@pytest.mark.parametrize("img_size, dims", [(28, [8, 16]), (32, [8, 16, 32]), (48, [8, 16, 32])])
+def test_the_conv_networks_by_hand(gan, img_size, dims):
+    """DCGAN: batch norm in G but on the output, in D but on the input; ReLU in G, leaky ReLU in D. The
+    side of the images is halved down to 4 to 7, and the channels are doubled.
+    """
+    G, D = networks(gan, "conv", img_size)
+    side = img_size // 2 ** len(dims)
     z = torch.randn(5, 4)
     (first,) = of_kind(G, nn.Linear)
-    h = linear(first, z).view(5, 128, 2, 2)
-    for norm, layer in zip(of_kind(G, nn.BatchNorm2d), of_kind(G, nn.ConvTranspose2d), strict=True):
+    h = linear(first, z).view(5, dims[-1], side, side)
+    norms, layers = of_kind(G, nn.BatchNorm2d), of_kind(G, nn.ConvTranspose2d)
+    assert [layer.in_channels for layer in layers] == dims[::-1]
+    for norm, layer in zip(norms, layers, strict=True):
         h = nn.functional.conv_transpose2d(
             relu(normed(norm, h)), layer.weight, layer.bias, stride=2, padding=1
         )
@@ -98,23 +105,24 @@ def test_the_conv_networks_by_hand(gan):
     torch.testing.assert_close(images, h.tanh(), rtol=1e-3, atol=1e-4)
 
     first, *more = of_kind(D, nn.Conv2d)
+    assert [layer.out_channels for layer in (first, *more)] == dims
     h = leaky_relu(nn.functional.conv2d(images, first.weight, first.bias, stride=2, padding=1), 0.2)
     for norm, layer in zip(of_kind(D, nn.BatchNorm2d), more, strict=True):
         h = nn.functional.conv2d(h, layer.weight, layer.bias, stride=2, padding=1)
         h = leaky_relu(normed(norm, h), 0.2)
-    (last,) = of_kind(D, nn.Linear)
-    torch.testing.assert_close(D(images), linear(last, h.flatten(1)), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(D(images), score(D, h.flatten(1)), rtol=1e-3, atol=1e-4)
 
 
 def test_noise_on_what_the_discriminator_sees(gan):
     """In training alone, new in each pass and for each pixel, with the deviation asked for."""
     _, D = networks(gan, img_size=64, noise=0.2)
-    D.net = nn.Identity()
+    D.features = nn.Flatten()
+    D.score = nn.Identity()
     images = torch.zeros(20, 1, 64, 64)
-    one, two = D(images), D(images)
+    one, two = D(images)[:, :-1], D(images)[:, :-1]
     assert not torch.equal(one, two) and one.mean().abs() < 0.01
     assert one.std().item() == pytest.approx(0.2, rel=0.02)
-    assert torch.equal(D.eval()(images), images)
+    assert torch.equal(D.eval()(images)[:, :-1], images.flatten(1))
 
 
 # ---------------------------------------------------------------- the training step
@@ -176,17 +184,16 @@ def test_what_the_networks_see(one_step):
 # ---------------------------------------------------------------- the script
 
 
-def test_size_and_noise_go_with_the_arch(gan, refused, tmp_path, monkeypatch):
-    def size_and_noise(*arguments):
-        opt = gan.parse_args(arguments)
-        return opt.img_size, opt.noise
-
-    assert size_and_noise() == (28, 0.1)
-    assert size_and_noise("--arch", "conv") == (32, 0.4)
-    assert size_and_noise("--arch", "conv", "--noise", "0") == (32, 0)
-    assert size_and_noise("--noise", "0.2", "--img_size", "64") == (64, 0.2)
+def test_a_size_that_cannot_be_halved(gan, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refused(gan, "--arch", "conv", "--img_size", 28, says=["--img_size 28", "8"])
+    refused(gan, "--arch", "conv", "--img_size", 30, says=["--img_size 30", "multiple of 4"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_conv_trains_as_wide_as_asked(gan, small):
+    run = gan.train(gan.parse_args([*small, "--arch", "conv", "--hidden_dim", "6", "--n_epochs", "1"]))
+    assert gan.load(run)(torch.randn(2, 4)).shape == (2, 3, 16, 16)
+    assert checkpoint(run)["D"]["features.0.weight"].shape == (6, 3, 4, 4)
 
 
 def test_generate(gan, small, command):

@@ -99,8 +99,8 @@ OPTIONS = {
 OPTIONS["vae"] |= dict(sample_interval=1000, labels=None, reconstruct=None)
 OPTIONS["cgan"] |= dict(labels=None)
 OPTIONS["vqvae"] |= dict(batch_size=128)
-OPTIONS["pixelcnn"] |= dict(batch_size=16, sample_interval=4000, labels=None)
-OPTIONS["pixelcnnpp"] |= dict(batch_size=16, sample_interval=4000, labels=None)
+OPTIONS["pixelcnn"] |= dict(batch_size=16, sample_interval=4000)
+OPTIONS["pixelcnnpp"] |= dict(batch_size=16, sample_interval=4000)
 
 
 def test_options_and_defaults(script):
@@ -121,6 +121,12 @@ def test_help_shows_each_option_with_its_default(script, capsys):
             assert f"--{name}" in text
             assert value is None or f"(default: {value})" in text
     assert "(default: None)" not in text
+
+
+def test_options_without_docstrings(script, monkeypatch):
+    """As under python -OO."""
+    monkeypatch.setattr(script, "__doc__", None)
+    assert script.parse_args(["--n_epochs", "3"]).n_epochs == 3
 
 
 def test_uses_are_options(script):
