@@ -76,9 +76,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--lr_hold", type=count, default=8000, help="steps at this rate; then it falls as 1/sqrt(step)")
     add("--b1", type=fraction, default=0.5, help="Adam: decay rate of the first moment")
     add("--b2", type=fraction, default=0.999, help="Adam: decay rate of the second moment")
-    add("--seed", type=number(int, 0), default=0, help="random seed; another one generates other images")
+    add("--seed", type=number(int, 0), default=0, help="random seed, of the training or of --generate")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
-    add("--amp", action=ON_OFF, default=False, help="forward passes in bfloat16; slower on some CPUs")
+    add("--amp", action=ON_OFF, default=False, help="train in bfloat16; slower than float32 on some CPUs")
     add = p.add_argument_group("data").add_argument
     add("--dataset", help="mnist (if not given), fashion_mnist, cifar10, digits or a folder of images")
     add("--data_dir", default="data", help="folder for downloaded data sets")
@@ -183,7 +183,7 @@ def train(opt: Namespace) -> Path:
         dist.init_process_group()
     device = find_device(opt.device)
     # For data of your own, replace this line. Images are uint8 (N, channels, img_size, img_size), labels
-    # (N,) count from 0, classes are their names.
+    # (N,) are class numbers from 0, and classes is the list of their names.
     images, labels, opt.classes = load_data(opt)
     opt.channels = images.shape[1]
     # All images lie on the device, as bytes.
@@ -205,9 +205,9 @@ def train(opt: Namespace) -> Path:
     run = Run(opt, loader, G=G, D=D, G_avg=G_avg, optimizer_G=optimizer_G, optimizer_D=optimizer_D)
     first_epoch, n_done = divmod(run.step, len(loader))
     for epoch in range(first_epoch, opt.n_epochs):
-        seed(opt.seed, "epoch", epoch)  # of the order of the images, for a resumed run as before
+        seed(opt.seed, "epoch", epoch)  # so that the order of the images is the same after a resume
         for real, _ in itertools.islice(loader, n_done, None):
-            seed(opt.seed, "step", run.step, RANK)  # of the noise, for a resumed run as before
+            seed(opt.seed, "step", run.step, RANK)  # and so are the random numbers
             lr = opt.lr * min(1, opt.lr_hold / (run.step + 1)) ** 0.5
             optimizer_G.param_groups[0]["lr"] = lr
             optimizer_D.param_groups[0]["lr"] = lr
@@ -302,7 +302,7 @@ def number(kind: type, low: float, below: float = 1e18) -> Callable[[str], float
     def parse(text: str) -> float:
         value = kind(text)
         if not low <= value < below:  # so nan is refused, too
-            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to below {below:g}")
+            raise argparse.ArgumentTypeError(f"{text} is not at least {low:g} and less than {below:g}")
         return value
 
     parse.__name__ = kind.__name__  # argparse says "invalid int value"
@@ -482,7 +482,7 @@ def load_folder(opt: Namespace) -> tuple[Tensor, Tensor, list[str]]:
     """The images of a folder, decoded once. A sub-folder is a class; without any, there is one class."""
     root = Path(opt.dataset)
     if not opt.dataset or not root.is_dir():
-        raise InputError(f"--dataset {opt.dataset}: neither a folder nor one of {', '.join(NAMED)}")
+        raise InputError(f'"{opt.dataset}" is neither a folder nor one of {", ".join(NAMED)}')
     files, others = [], Counter()
     for file in find_files(root):
         if file.suffix.lower() in datasets.folder.IMG_EXTENSIONS:
@@ -493,14 +493,14 @@ def load_folder(opt: Namespace) -> tuple[Tensor, Tensor, list[str]]:
         kinds = ", ".join(f"{n} {kind}" for kind, n in others.items())
         say(f"warning: {root}: not read as images: {shorten(kinds, 200)}")
     if not files:
-        raise InputError(f"--dataset {root}: no images there")
+        raise InputError(f'"{root}": no images there')
     n_loose = sum(file.parent == root for file in files)
     if 0 < n_loose < len(files):
-        raise InputError(f"--dataset {root}: {n_loose} images beside its sub-folders, which are the classes")
+        raise InputError(f'"{root}": {n_loose} images beside its sub-folders, which are the classes')
     names = ["all" if n_loose else file.relative_to(root).parts[0] for file in files]
     classes = sorted(set(names))
     if not n_loose and SPLITS.issuperset(name.lower() for name in classes):
-        raise InputError(f"--dataset {root} holds {', '.join(classes)}, not classes: give one of them")
+        raise InputError(f'"{root}" holds {", ".join(classes)}, not classes: give one of them')
 
     channels = opt.channels or 3
     images = torch.empty(len(files), channels, opt.img_size, opt.img_size, dtype=torch.uint8)

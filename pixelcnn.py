@@ -1,18 +1,21 @@
 """PixelCNN: draws images, or the codes of a vqvae.py run, one position after the other.
 
 The probability of an image x is exact: a product over its positions, row by row from the top left, of the
-probability of each value given those before it. A convolutional network whose filters see no later
-position gives all factors in one pass, and is trained to make them large. Drawing takes a pass per position.
+probability of each value given those before it. A convolutional network whose filters see neither the
+position itself nor a later one gives all factors in one pass. Training maximises their product. Drawing
+takes one pass per position.
 
     minimised:    -log p(x) = -sum_i log p(x_i | x_1, ..., x_{i-1})    in nats per image
 
 A value is one of 256 grey levels, of black and white (--binarize), or of the codes of a vqvae.py run. Colour
-images are read as grey ones: pixelcnnpp.py draws colours.
+images are converted to grey: pixelcnnpp.py draws colours. Codes keep the colours of their decoder.
 
---arch pixelcnn: van den Oord et al. 2016, arXiv:1601.06759. Never sees some of what is above to the right.
---arch gated: van den Oord et al. 2016, arXiv:1606.05328. Sees all, with a stack of layers for the rows above
-and one for the row. Codes: van den Oord et al. 2017, arXiv:1711.00937. Averaged weights: Polyak & Juditsky
-1992. Not in the papers: a bias for each position.
+--arch pixelcnn: van den Oord et al. 2016, arXiv:1601.06759. It has a blind spot: part of what is above and
+to the right never reaches it. --arch gated: van den Oord et al. 2016, arXiv:1606.05328. It has none: one
+stack of layers sees the rows above, another the positions to the left. Both see n_layers + 3 rows up.
+
+Codes: van den Oord et al. 2017, arXiv:1711.00937. Averaged weights: Polyak & Juditsky 1992. Beyond these
+papers, values are embedded, and each position has a bias of its own.
 
     python pixelcnn.py --binarize --n_epochs 5    # MNIST in black and white; built-in digits when offline
     python pixelcnn.py --dataset runs/vqvae       # the codes of a run of vqvae.py
@@ -71,10 +74,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     """
     p = ArgumentParser(usage="%(prog)s [options]", description=__doc__, formatter_class=Help)
     add = p.add_argument_group("model").add_argument
-    add("--arch", choices=["pixelcnn", "gated"], default="gated", help="masked or gated convolutions")
-    add("--conditional", action=ON_OFF, default=False, help="model the images of each class")
+    add("--arch", choices=["pixelcnn", "gated"], default="gated", help="with a blind spot, or without one")
+    add("--conditional", action=ON_OFF, default=False, help="model p(x | class), by the labels of the images")
     add("--hidden_dim", type=number(int, 2), default=32, help="channels of the hidden layers")
-    add("--n_layers", type=count, default=8, help="layers, or residual blocks, after the first one")
+    add("--n_layers", type=count, default=8, help="layers after the first one; each sees a row farther up")
     add("--ema", type=fraction, default=0.999, help="decay rate of the averaged weights; 0: off")
     add = p.add_argument_group("training").add_argument
     add("--n_epochs", type=count, default=200, help="epochs in total, those before a resume included")
@@ -82,22 +85,22 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--lr", type=positive, default=2e-3, help="Adam: learning rate")
     add("--b1", type=fraction, default=0.9, help="Adam: decay rate of the first moment")
     add("--b2", type=fraction, default=0.999, help="Adam: decay rate of the second moment")
-    add("--seed", type=number(int, 0), default=0, help="random seed; another one generates other images")
+    add("--seed", type=number(int, 0), default=0, help="random seed, of the training or of --generate")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
-    add("--amp", action=ON_OFF, default=False, help="forward passes in bfloat16; slower on some CPUs")
+    add("--amp", action=ON_OFF, default=False, help="train in bfloat16; slower than float32 on some CPUs")
     add = p.add_argument_group("data").add_argument
     add("--dataset", help="mnist (if not given), fashion_mnist, cifar10, digits, a folder of images "
-        "or a run of vqvae.py; colours become grey")  # fmt: skip
+        "or a run of vqvae.py; images become grey")  # fmt: skip
     add("--data_dir", default="data", help="folder for downloaded data sets")
     add("--img_size", type=count, default=28, help="side of the images in pixels; codes have their own")
-    add("--binarize", action=ON_OFF, default=False, help="draw black and white pixels from the grey ones")
+    add("--binarize", action=ON_OFF, default=False, help="draw black and white pixels by their grey levels")
     add("--n_cpu", type=count, default=8, help="threads that read the images of a folder")
     add = p.add_argument_group("run").add_argument
     add("--out_dir", default=f"runs/{SCRIPT}", help="folder of a new run; if it exists, a number is added")
     add("--sample_interval", type=count, default=4000, help="steps between tests, sample grids and log rows")
     add("--resume", metavar="RUN", help="continue the run in this folder, with its options")
     add("--generate", type=count, metavar="N", help="with --resume: write N images instead of training")
-    p.set_defaults(channels=1, codes_hash=None)  # no options: images are grey, and train() sets the other
+    p.set_defaults(channels=1, codes_hash=None)  # no options: images are grey; load_codes() sets the hash
     return parse_and_check(p, argv)
 
 
@@ -105,11 +108,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 class PixelCNN(nn.Module):
-    """The probability p(x) of values x (N, 1, size, size), int64, from 0 to n_values - 1.
+    """What both networks share: the probability p(x) of values x (N, 1, size, size), int64, below n_values.
 
     network(x, labels) gives the logits (N, n_values, H, W) of the value at each position, given those before
     it; x may be the first rows only. Labels (N,) are needed if n_classes > 0: then it is p(x | label).
-    This is what both networks have in common.
     """
 
     def __init__(self, n_values: int, size: int, hidden_dim: int):
@@ -140,7 +142,7 @@ class PixelCNN(nn.Module):
     def sample(self, labels: Tensor) -> Tensor:
         """Draw values x (N, 1, size, size), one for each label (N,).
 
-        Raises InputError if what the network gives is not finite.
+        Raises InputError if the output of the network is not finite.
         """
         x = labels.new_zeros(len(labels), 1, self.size, self.size)
         for i in range(self.size):
@@ -148,13 +150,13 @@ class PixelCNN(nn.Module):
             for j in range(self.size):
                 logits = self(drawn, labels, above)[:, :, -1, j].float()
                 if not logits.isfinite().all():
-                    raise InputError("what the network gives is not finite; start again with a lower --lr")
+                    raise InputError("the output of the network is not finite; start again with a lower --lr")
                 # drawn shares the memory of x, so that the next pass sees the new value.
                 x[:, :, i, j] = torch.multinomial(logits.softmax(dim=1), 1)
         return x
 
     def start_row(self, x: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor] | None]:
-        """What forward() needs to give the logits of the last row of x."""
+        """What forward() needs, for all positions of the last row of x alike, to give that row's logits."""
         return x, None
 
 
@@ -199,7 +201,11 @@ class MaskedPixelCNN(PixelCNN):
 
 
 class GatedPixelCNN(PixelCNN):
-    """--arch gated: one stack sees the rows above, the other also the row (arXiv:1606.05328, figure 2)."""
+    """--arch gated (arXiv:1606.05328, figure 2).
+
+    The vertical stack sees the rows above. The horizontal one sees the positions to the left in the row, and
+    is handed the features of the vertical stack, which the label's bias has entered.
+    """
 
     def __init__(self, n_values: int, size: int, hidden_dim: int, n_layers: int, n_classes: int):
         super().__init__(n_values, size, hidden_dim)
@@ -208,7 +214,7 @@ class GatedPixelCNN(PixelCNN):
         self.layers = nn.ModuleList(GatedLayer(hidden_dim, n_classes) for _ in range(n_layers))
 
     def forward(self, x: Tensor, labels: Tensor, above: list[Tensor] | None = None) -> Tensor:
-        """above: what vertical(x, labels) gave, if it is known."""
+        """above: the output of vertical(), if it is known. When drawing, both are of the last row only."""
         e = self.embed(x[:, 0]).movedim(-1, 1)
         h = self.first_horizontal(F.pad(e[..., :-1], (3, 0)))  # column j sees columns j - 3 to j - 1
         for layer, from_above in zip(self.layers, above or self.vertical(x, labels)):
@@ -275,8 +281,8 @@ def hold_out(opt: Namespace, images: Tensor, labels: Tensor) -> tuple[Tensor, Te
 def load_codes(opt: Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training codes (N, 1, h, w) and labels (N,), then test codes and labels, of a run of vqvae.py.
 
-    Sets what they decide in opt: classes, n_values, img_size and a hash of the codes. Raises InputError if
-    the run has no codes, or not those with which the run to resume was started.
+    Sets the options that the codes determine: classes, n_values, img_size and codes_hash. Raises InputError
+    if the run has no codes, or not those with which the run to resume was started.
     """
     file = Path(opt.dataset, "codes.npz")
     try:
@@ -299,7 +305,7 @@ def load_codes(opt: Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def to_values(images: Tensor, binarize: bool) -> Tensor:
-    """Grey levels or codes to int64; with binarize, grey levels to 0 and 1, drawn in proportion to them."""
+    """Images or codes as int64. With binarize, a grey level g becomes 1 with probability g / 255, else 0."""
     if binarize:
         return (images / 255).bernoulli().long()
     return images.long()
@@ -320,11 +326,12 @@ def train(opt: Namespace) -> Path:
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group()
     device = find_device(opt.device)
-    if opt.codes_hash or (opt.dataset and Path(opt.dataset, "codes.npz").exists()):
+    if opt.codes_hash or (opt.dataset and Path(opt.dataset, "checkpoint.pt").exists()):
         images, labels, test_images, test_labels = load_codes(opt)
     else:
         # For data of your own, replace this line. Images are uint8 (N, 1, img_size, img_size), labels
-        # (N,) count from 0, classes are their names.
+        # (N,) are class numbers from 0, and classes is the list of their names. Leave out --dataset: then
+        # every tenth image is for the test.
         images, labels, opt.classes = load_data(opt)
         images, labels, test_images, test_labels = hold_out(opt, images, labels)
         opt.n_values = 2 if opt.binarize else 256
@@ -340,7 +347,7 @@ def train(opt: Namespace) -> Path:
     optimizer = torch.optim.Adam(model.parameters(), opt.lr, (opt.b1, opt.b2), fused=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=opt.amp)
 
-    # With --conditional, column k of a sample grid is class k; of fewer than 10 classes they start again.
+    # With --conditional, column k of a sample grid is class k; if there are fewer than 10, they repeat.
     grid_labels = torch.arange(30, device=device) % 10 % len(opt.classes)
 
     run = Run(opt, loader, model=model, model_avg=model_avg, optimizer=optimizer)
@@ -350,14 +357,14 @@ def train(opt: Namespace) -> Path:
             shutil.copyfile(Path(opt.dataset, "decoder.pt2"), file)
     first_epoch, n_done = divmod(run.step, len(loader))
     for epoch in range(first_epoch, opt.n_epochs):
-        seed(opt.seed, "epoch", epoch)  # of the order of the images, for a resumed run as before
+        seed(opt.seed, "epoch", epoch)  # so that the order of the images is the same after a resume
         for real, y in itertools.islice(loader, n_done, None):
-            seed(opt.seed, "step", run.step, RANK)  # of the pixels drawn, for a resumed run as before
+            seed(opt.seed, "step", run.step, RANK)  # and so are the random numbers
             x = to_values(real[RANK::WORLD], opt.binarize)  # black and white is drawn anew in each epoch
             y = y[RANK::WORLD]
 
             with autocast:
-                nats = -model.log_prob(x, y).mean()  # the last steps of it are in float32
+                nats = -model.log_prob(x, y).mean()  # log_prob itself changes to float32 for the loss
             optimizer.zero_grad()
             nats.backward()
             average_gradients(model)
@@ -391,7 +398,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> PixelCNN:
 
     model.log_prob(x, labels) is log p(x) in nats, model.sample(labels) draws x, and model.images(x) makes
     images of x, values (N, 1, H, W) of type int64 below model.n_values. Label k is the class
-    model.options.classes[k]; without --conditional labels do not matter.
+    model.options.classes[k]; without --conditional only their number matters.
     Raises InputError if the folder is not that of a run of this script.
     """
     state = read_checkpoint(folder)
@@ -446,7 +453,7 @@ def number(kind: type, low: float, below: float = 1e18) -> Callable[[str], float
     def parse(text: str) -> float:
         value = kind(text)
         if not low <= value < below:  # so nan is refused, too
-            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to below {below:g}")
+            raise argparse.ArgumentTypeError(f"{text} is not at least {low:g} and less than {below:g}")
         return value
 
     parse.__name__ = kind.__name__  # argparse says "invalid int value"
@@ -626,7 +633,7 @@ def load_folder(opt: Namespace) -> tuple[Tensor, Tensor, list[str]]:
     """The images of a folder, decoded once. A sub-folder is a class; without any, there is one class."""
     root = Path(opt.dataset)
     if not opt.dataset or not root.is_dir():
-        raise InputError(f"--dataset {opt.dataset}: neither a folder nor one of {', '.join(NAMED)}")
+        raise InputError(f'"{opt.dataset}" is neither a folder nor one of {", ".join(NAMED)}')
     files, others = [], Counter()
     for file in find_files(root):
         if file.suffix.lower() in datasets.folder.IMG_EXTENSIONS:
@@ -637,14 +644,14 @@ def load_folder(opt: Namespace) -> tuple[Tensor, Tensor, list[str]]:
         kinds = ", ".join(f"{n} {kind}" for kind, n in others.items())
         say(f"warning: {root}: not read as images: {shorten(kinds, 200)}")
     if not files:
-        raise InputError(f"--dataset {root}: no images there")
+        raise InputError(f'"{root}": no images there')
     n_loose = sum(file.parent == root for file in files)
     if 0 < n_loose < len(files):
-        raise InputError(f"--dataset {root}: {n_loose} images beside its sub-folders, which are the classes")
+        raise InputError(f'"{root}": {n_loose} images beside its sub-folders, which are the classes')
     names = ["all" if n_loose else file.relative_to(root).parts[0] for file in files]
     classes = sorted(set(names))
     if not n_loose and SPLITS.issuperset(name.lower() for name in classes):
-        raise InputError(f"--dataset {root} holds {', '.join(classes)}, not classes: give one of them")
+        raise InputError(f'"{root}" holds {", ".join(classes)}, not classes: give one of them')
 
     channels = opt.channels or 3
     images = torch.empty(len(files), channels, opt.img_size, opt.img_size, dtype=torch.uint8)

@@ -73,7 +73,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     """
     p = ArgumentParser(usage="%(prog)s [options]", description=__doc__, formatter_class=Help)
     add = p.add_argument_group("model").add_argument
-    add("--conditional", action=ON_OFF, default=False, help="model the images of each class")
+    add("--conditional", action=ON_OFF, default=False, help="model p(x | class), by the labels of the images")
     add("--hidden_dim", type=number(int, 2), default=32, help="channels of the hidden layers")
     add("--n_layers", type=count, default=1, help="blocks on each of the three sizes, down and up again")
     add("--dropout", type=fraction, default=0.5, help="share of the features to drop in training")
@@ -84,9 +84,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--lr", type=positive, default=2e-3, help="Adam: learning rate")
     add("--b1", type=fraction, default=0.9, help="Adam: decay rate of the first moment")
     add("--b2", type=fraction, default=0.999, help="Adam: decay rate of the second moment")
-    add("--seed", type=number(int, 0), default=0, help="random seed; another one generates other images")
+    add("--seed", type=number(int, 0), default=0, help="random seed, of the training or of --generate")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
-    add("--amp", action=ON_OFF, default=False, help="forward passes in bfloat16; slower on some CPUs")
+    add("--amp", action=ON_OFF, default=False, help="train in bfloat16; slower than float32 on some CPUs")
     add = p.add_argument_group("data").add_argument
     add("--dataset", help="mnist (if not given), fashion_mnist, cifar10, digits, a folder of images "
         "or a run of vqvae.py")  # fmt: skip
@@ -94,14 +94,14 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--img_size", type=count, default=28,
         help="side of the images in pixels, a multiple of 4; codes have their own")  # fmt: skip
     add("--channels", type=int, choices=[1, 3], help="1: grey, 3: colour (default: the data's; a folder: 3)")
-    add("--binarize", action=ON_OFF, default=False, help="draw black and white pixels from grey ones")
+    add("--binarize", action=ON_OFF, default=False, help="draw black and white pixels by their grey levels")
     add("--n_cpu", type=count, default=8, help="threads that read the images of a folder")
     add = p.add_argument_group("run").add_argument
     add("--out_dir", default=f"runs/{SCRIPT}", help="folder of a new run; if it exists, a number is added")
     add("--sample_interval", type=count, default=4000, help="steps between tests, sample grids and log rows")
     add("--resume", metavar="RUN", help="continue the run in this folder, with its options")
     add("--generate", type=count, metavar="N", help="with --resume: write N images instead of training")
-    p.set_defaults(codes_hash=None)  # not an option: train() sets it
+    p.set_defaults(codes_hash=None)  # not an option: load_codes() sets it
     opt = parse_and_check(p, argv)
     if opt.binarize:
         opt.channels = 1
@@ -319,7 +319,7 @@ class PixelCNNpp(nn.Module):
     def sample(self, labels: Tensor) -> Tensor:
         """Draw values x (N, channels, size, size), one for each label (N,).
 
-        Raises InputError if what the network gives is not finite.
+        Raises InputError if the output of the network is not finite.
         """
         x = labels.new_zeros(len(labels), self.channels, self.size, self.size)
         for i in range(self.size):
@@ -327,7 +327,7 @@ class PixelCNNpp(nn.Module):
             for j in range(self.size):
                 out = self(x[:, :, :n_rows], labels)[:, :, i, j].float()
                 if not out.isfinite().all():
-                    raise InputError("what the network gives is not finite; start again with a lower --lr")
+                    raise InputError("the output of the network is not finite; start again with a lower --lr")
                 if self.softmax:
                     x[:, 0, i, j] = Categorical(logits=out).sample()
                 else:
@@ -353,8 +353,8 @@ def hold_out(opt: Namespace, images: Tensor, labels: Tensor) -> tuple[Tensor, Te
 def load_codes(opt: Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training codes (N, 1, h, w) and labels (N,), then test codes and labels, of a run of vqvae.py.
 
-    Sets what they decide in opt: classes, n_values, img_size and a hash of the codes. Raises InputError if
-    the run has no codes, or not those with which the run to resume was started.
+    Sets the options that the codes determine: classes, n_values, img_size and codes_hash. Raises InputError
+    if the run has no codes, or not those with which the run to resume was started.
     """
     file = Path(opt.dataset, "codes.npz")
     try:
@@ -377,7 +377,7 @@ def load_codes(opt: Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def to_values(images: Tensor, binarize: bool) -> Tensor:
-    """Grey levels or codes to int64; with binarize, grey levels to 0 and 1, drawn in proportion to them."""
+    """Images or codes as int64. With binarize, a grey level g becomes 1 with probability g / 255, else 0."""
     if binarize:
         return (images / 255).bernoulli().long()
     return images.long()
@@ -398,11 +398,12 @@ def train(opt: Namespace) -> Path:
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group()
     device = find_device(opt.device)
-    if opt.codes_hash or (opt.dataset and Path(opt.dataset, "codes.npz").exists()):
+    if opt.codes_hash or (opt.dataset and Path(opt.dataset, "checkpoint.pt").exists()):
         images, labels, test_images, test_labels = load_codes(opt)
     else:
         # For data of your own, replace this line. Images are uint8 (N, channels, img_size, img_size), labels
-        # (N,) count from 0, classes are their names.
+        # (N,) are class numbers from 0, and classes is the list of their names. Leave out --dataset: then
+        # every tenth image is for the test.
         images, labels, opt.classes = load_data(opt)
         images, labels, test_images, test_labels = hold_out(opt, images, labels)
         opt.n_values = 2 if opt.binarize else 256
@@ -422,7 +423,7 @@ def train(opt: Namespace) -> Path:
     optimizer = torch.optim.Adam(model.parameters(), opt.lr, (opt.b1, opt.b2), fused=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=opt.amp)
 
-    # With --conditional, column k of a sample grid is class k; of fewer than 10 classes they start again.
+    # With --conditional, column k of a sample grid is class k; if there are fewer than 10, they repeat.
     grid_labels = torch.arange(30, device=device) % 10 % len(opt.classes)
 
     run = Run(opt, loader, model=model, model_avg=model_avg, optimizer=optimizer)
@@ -432,14 +433,14 @@ def train(opt: Namespace) -> Path:
             shutil.copyfile(Path(opt.dataset, "decoder.pt2"), file)
     first_epoch, n_done = divmod(run.step, len(loader))
     for epoch in range(first_epoch, opt.n_epochs):
-        seed(opt.seed, "epoch", epoch)  # of the order of the images, for a resumed run as before
+        seed(opt.seed, "epoch", epoch)  # so that the order of the images is the same after a resume
         for real, y in itertools.islice(loader, n_done, None):
-            seed(opt.seed, "step", run.step, RANK)  # of pixels and dropout, for a resumed run as before
+            seed(opt.seed, "step", run.step, RANK)  # and so are the random numbers
             x = to_values(real[RANK::WORLD], opt.binarize)  # black and white is drawn anew in each epoch
             y = y[RANK::WORLD]
 
             with autocast:
-                nats = -model.log_prob(x, y).mean()  # the last steps of it are in float32
+                nats = -model.log_prob(x, y).mean()  # log_prob itself changes to float32 for the loss
             optimizer.zero_grad()
             nats.backward()
             average_gradients(model)
@@ -476,7 +477,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> PixelCNNpp:
 
     model.log_prob(x, labels) is log p(x) in nats, model.sample(labels) draws x, and model.images(x) makes
     images of x, values (N, channels, size, size) of type int64. Label k is the class
-    model.options.classes[k]; without --conditional labels do not matter.
+    model.options.classes[k]; without --conditional only their number matters.
     Raises InputError if the folder is not that of a run of this script.
     """
     state = read_checkpoint(folder)
@@ -531,7 +532,7 @@ def number(kind: type, low: float, below: float = 1e18) -> Callable[[str], float
     def parse(text: str) -> float:
         value = kind(text)
         if not low <= value < below:  # so nan is refused, too
-            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to below {below:g}")
+            raise argparse.ArgumentTypeError(f"{text} is not at least {low:g} and less than {below:g}")
         return value
 
     parse.__name__ = kind.__name__  # argparse says "invalid int value"
@@ -711,7 +712,7 @@ def load_folder(opt: Namespace) -> tuple[Tensor, Tensor, list[str]]:
     """The images of a folder, decoded once. A sub-folder is a class; without any, there is one class."""
     root = Path(opt.dataset)
     if not opt.dataset or not root.is_dir():
-        raise InputError(f"--dataset {opt.dataset}: neither a folder nor one of {', '.join(NAMED)}")
+        raise InputError(f'"{opt.dataset}" is neither a folder nor one of {", ".join(NAMED)}')
     files, others = [], Counter()
     for file in find_files(root):
         if file.suffix.lower() in datasets.folder.IMG_EXTENSIONS:
@@ -722,14 +723,14 @@ def load_folder(opt: Namespace) -> tuple[Tensor, Tensor, list[str]]:
         kinds = ", ".join(f"{n} {kind}" for kind, n in others.items())
         say(f"warning: {root}: not read as images: {shorten(kinds, 200)}")
     if not files:
-        raise InputError(f"--dataset {root}: no images there")
+        raise InputError(f'"{root}": no images there')
     n_loose = sum(file.parent == root for file in files)
     if 0 < n_loose < len(files):
-        raise InputError(f"--dataset {root}: {n_loose} images beside its sub-folders, which are the classes")
+        raise InputError(f'"{root}": {n_loose} images beside its sub-folders, which are the classes')
     names = ["all" if n_loose else file.relative_to(root).parts[0] for file in files]
     classes = sorted(set(names))
     if not n_loose and SPLITS.issuperset(name.lower() for name in classes):
-        raise InputError(f"--dataset {root} holds {', '.join(classes)}, not classes: give one of them")
+        raise InputError(f'"{root}" holds {", ".join(classes)}, not classes: give one of them')
 
     channels = opt.channels or 3
     images = torch.empty(len(files), channels, opt.img_size, opt.img_size, dtype=torch.uint8)

@@ -1,23 +1,26 @@
-"""Variational autoencoder (VAE): turns images into a few Gaussian numbers and back, and draws new images.
+"""Variational autoencoder (VAE): encodes images as small random vectors, decodes them, and draws new images.
 
-The encoder turns an image x into a Gaussian q(z|x) = N(mu, exp(logvar)). The decoder turns z into p(x|z), a
-distribution of images. Together they maximise the evidence lower bound (ELBO), in nats per image:
+The encoder turns an image x into a Gaussian q(z|x) = N(mu, diag(exp(logvar))). The decoder turns a vector z
+into p(x|z), a distribution over images. Together they maximise the evidence lower bound (ELBO), in nats per
+image, with the prior p(z) = N(0, 1):
 
-    log p(x)  >=  ELBO  =  E_q[log p(x|z)] - KL(q(z|x) || N(0, 1))
+    log p(x)  >=  ELBO  =  E_q[log p(x|z)] - KL(q(z|x) || p(z))
 
-E_q is estimated with one sample of z per image. --beta weighs the KL; with another beta than 1, what is
-maximised is not the ELBO, but the ELBO is what is logged. What log p(x) means depends on the likelihood:
+E_q is estimated with one sample of z per image. --beta weights the KL; if it is not 1, the training
+objective is no longer the ELBO, but the log still reports the ELBO. With --conditional everything is given
+the label, log p(x|label) included. What the ELBO bounds depends on the likelihood, and on the image size:
 
-    gaussian     the log-density of the pixels, as numbers in [0, 1]
-    --binarize   the log-probability of a binary image
-    bernoulli    of grey pixels: neither. log p(x|z) is then minus the cross-entropy of the pixels, taken as
-                 probabilities, and the ELBO bounds E[log p(b)], the mean over the binary images b that one
-                 would draw with them. It compares models with each other, but not with other likelihoods.
+    gaussian                the log-density of pixels scaled to [0, 1]
+    bernoulli, --binarize   the log-probability of a binary image
+    bernoulli               no likelihood of x: pixels between 0 and 1 are taken as probabilities, and the
+                            ELBO bounds E[log p(b)], where b is a binary image drawn with them.
+                            Compare it only with runs of the same likelihood.
 
-New images are decoded from z of a Gaussian that is fitted to encoded training images of each class.
+New images are the mean of p(x|z), for z drawn from a Gaussian that is fitted to the encoded training images
+of each class, or, with --prior normal, from p(z).
 
-VAE: Kingma & Welling 2013, arXiv:1312.6114, equation 10. Beta: Higgins et al. 2017. Best sigma: Rybkin et
-al. 2020, arXiv:2006.13202. Label for encoder and decoder: Sohn et al. 2015. Fitted prior: Ghosh et al. 2019,
+VAE: Kingma & Welling 2013, arXiv:1312.6114, equation 10. Beta: Higgins et al. 2017. Optimal variance: Rybkin
+et al. 2020, arXiv:2006.13202. Conditional VAE: Sohn et al. 2015. Fitted prior: Ghosh et al. 2019,
 arXiv:1903.12436. Averaged weights: Yazici et al. 2019, arXiv:1806.04498.
 
     python vae.py --n_epochs 20                              # MNIST; built-in digits when offline
@@ -75,13 +78,13 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     p = ArgumentParser(usage="%(prog)s [options]", description=__doc__, formatter_class=Help)
     add = p.add_argument_group("model").add_argument
     add("--arch", choices=["burgess", "conv", "vanilla", "mlp"], default="burgess",
-        help="convolutional with two, four or five levels; or fully connected")  # fmt: skip
-    add("--conditional", action=ON_OFF, default=False, help="encoder and decoder are given the label")
+        help="burgess, conv, vanilla: convolutional with 2, 4, 5 levels; mlp: fully connected")  # fmt: skip
+    add("--conditional", action=ON_OFF, default=False, help="give the label to encoder and decoder")
     add("--likelihood", choices=["bernoulli", "gaussian"],
         help="p(x|z) of a pixel; if not given: bernoulli for grey images, gaussian for colour")  # fmt: skip
     add("--binarize", action=ON_OFF, default=False,
-        help="bernoulli: binary images, drawn anew each time with the pixels as probabilities")  # fmt: skip
-    add("--beta", type=number(float, 0), default=1.0, help="weight of the KL; 1: the ELBO")
+        help="train on binary images, drawn anew each time with the pixels as probabilities")  # fmt: skip
+    add("--beta", type=number(float, 0), default=1.0, help="weight of the KL in the loss; 1: the ELBO")
     add("--prior", choices=["fitted", "normal"], default="fitted",
         help="z of new images: from a Gaussian fitted to each class, or from N(0, 1)")  # fmt: skip
     add("--latent_dim", type=count, default=32, help="size of z")
@@ -92,9 +95,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--lr", type=positive, default=1e-3, help="Adam: learning rate")
     add("--b1", type=fraction, default=0.9, help="Adam: decay rate of the first moment")
     add("--b2", type=fraction, default=0.999, help="Adam: decay rate of the second moment")
-    add("--seed", type=number(int, 0), default=0, help="random seed; another one generates other images")
+    add("--seed", type=number(int, 0), default=0, help="random seed, of the training or of --generate")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
-    add("--amp", action=ON_OFF, default=False, help="forward passes in bfloat16; slower on some CPUs")
+    add("--amp", action=ON_OFF, default=False, help="train in bfloat16; slower than float32 on some CPUs")
     add = p.add_argument_group("data").add_argument
     add("--dataset", help="mnist (if not given), fashion_mnist, cifar10, digits or a folder of images")
     add("--data_dir", default="data", help="folder for downloaded data sets")
@@ -114,8 +117,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     divisor = {"burgess": 4, "conv": 16}.get(opt.arch, 1)
     if opt.img_size % divisor:
         p.error(f"--img_size {opt.img_size}: --arch {opt.arch} needs a multiple of {divisor}")
-    if opt.binarize and opt.likelihood != "bernoulli":
-        p.error("--binarize needs --likelihood bernoulli")
+    if opt.binarize:
+        if opt.likelihood == "gaussian":
+            p.error("--binarize needs --likelihood bernoulli")
+        opt.likelihood = "bernoulli"
     if opt.labels and not opt.generate:
         p.error("--labels needs --generate N")
     for name in opt.labels or []:
@@ -128,9 +133,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 def down(n_in: int, n_out: int, kernel_size: int) -> nn.Sequential:
-    """A level of the encoder: halves the side of the images, rounded up. kernel_size: 3 or 4."""
-    conv = nn.Conv2d(n_in, n_out, kernel_size, 2, 1)
-    return nn.Sequential(conv, nn.BatchNorm2d(n_out), nn.LeakyReLU())
+    """A level of the encoder: halves the side of the images; with kernel_size 3 rounded up, with 4 down."""
+    return nn.Sequential(nn.Conv2d(n_in, n_out, kernel_size, 2, 1), nn.BatchNorm2d(n_out), nn.LeakyReLU())
 
 
 def up(n_in: int, n_out: int, kernel_size: int) -> nn.Sequential:
@@ -151,7 +155,7 @@ class VAE(nn.Module):
         super().__init__()
         self.conditional = conditional
         n_in = channels + 1 if conditional else channels  # the label's embedding is a channel
-        if arch == "mlp":  # Kingma & Welling, appendix C, with ReLU
+        if arch == "mlp":  # as in Kingma & Welling, appendix C, but with ReLU
             n_features = 400
             self.encoder = nn.Sequential(
                 nn.Flatten(),
@@ -207,7 +211,7 @@ class VAE(nn.Module):
         if conditional:
             self.encode_label = nn.Embedding(n_classes, img_size**2)
             self.decode_label = nn.Embedding(n_classes, n_features)
-        self.register_buffer("variance", torch.ones(()))  # sigma^2 of a pixel, for the gaussian likelihood
+        self.register_buffer("variance", torch.tensor(1.0))  # sigma^2 of a pixel, for the gaussian likelihood
 
     def encode(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(z|x), each (N, latent_dim)."""
@@ -250,12 +254,13 @@ class Prior(nn.Module):
         The covariance is that of mu plus the mean of exp(logvar) (law of total covariance).
         """
         for k in labels.unique():
-            x = to_x(images[labels == k][:1000], binarize)
-            mu, logvar = model.encode(x, labels[labels == k][:1000])
+            x = images[labels == k]
+            x = to_x(x[:: len(x) // 1000 + 1], binarize)  # spread evenly: those of a folder are sorted
+            mu, logvar = model.encode(x, k.expand(len(x)))
             self.mean[k] = mu.mean(dim=0)
             deviations = (mu - self.mean[k]) / len(mu) ** 0.5
             variance = logvar.exp().mean(dim=0)
-            # rows.T @ rows is the covariance. So is R.T @ R, and R is square: R.T turns noise into z.
+            # The covariance is rows.T @ rows, and also R.T @ R, where R is square: so R.T @ noise has it.
             rows = torch.cat([deviations, variance.sqrt().diag()])
             self.scale[k] = torch.linalg.qr(rows.cpu(), mode="r").R.T
 
@@ -274,17 +279,18 @@ def log_likelihood(x: Tensor, logits: Tensor, likelihood: str, variance: Tensor)
     gaussian: it is from N(p, variance):  -((x - p)^2 / variance + log(2 pi variance)) / 2
     """
     if likelihood == "bernoulli":
-        log_px = -nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
+        log_lik = -nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
     else:
         squares = (x - logits.sigmoid()).square()
-        log_px = -0.5 * (squares / variance + torch.log(2 * math.pi * variance))
-    return log_px.flatten(1).sum(dim=1)
+        log_lik = -0.5 * (squares / variance + torch.log(2 * math.pi * variance))
+    return log_lik.flatten(1).sum(dim=1)
 
 
 def best_variance(x: Tensor, logits: Tensor) -> Tensor:
-    """The variance at which images x are likeliest: the mean squared error (Rybkin et al.), of all processes.
+    """The variance that maximises the likelihood of images x: their mean squared error (Rybkin et al.).
 
-    No gradient passes: at this variance, the slope of the likelihood in it is 0.
+    It is the mean over the processes. No gradient needs to pass: the likelihood's derivative with respect to
+    it is 0 there.
     """
     variance = (x - logits.detach().sigmoid()).square().mean()
     if WORLD > 1:
@@ -334,7 +340,8 @@ def train(opt: Namespace) -> Path:
         dist.init_process_group()
     device = find_device(opt.device)
     # For data of your own, replace this line. Images are uint8 (N, channels, img_size, img_size), labels
-    # (N,) count from 0, classes are their names.
+    # (N,) are class numbers from 0, and classes is the list of their names. Leave out --dataset: then
+    # every tenth image is for the test.
     images, labels, opt.classes = load_data(opt)
     images, labels, test_images, test_labels = hold_out(opt, images, labels)
     if opt.prior == "normal" and not opt.conditional:
@@ -358,19 +365,19 @@ def train(opt: Namespace) -> Path:
     optimizer = torch.optim.Adam(model.parameters(), opt.lr, (opt.b1, opt.b2), fused=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=opt.amp)
 
-    # A sample grid has ten columns: column k is class k, and if there are fewer classes, they repeat.
+    # Column k of a sample grid is class k, for at most ten classes; if there are fewer, they repeat.
     grid_noise = torch.randn(100, opt.latent_dim).to(device)
     grid_labels = torch.arange(100, device=device) % 10 % n_classes
-    every = len(test_images) // 10 + 1
+    every = len(test_images) // 10 + 1  # up to ten test images, spread evenly
     grid_x = to_x(test_images[::every], opt.binarize)
     grid_y = test_labels[::every]
 
     run = Run(opt, loader, model=model, model_avg=model_avg, prior=prior, optimizer=optimizer)
     first_epoch, n_done = divmod(run.step, len(loader))
     for epoch in range(first_epoch, opt.n_epochs):
-        seed(opt.seed, "epoch", epoch)  # of the order of the images, for a resumed run as before
+        seed(opt.seed, "epoch", epoch)  # so that the order of the images is the same after a resume
         for real, y in itertools.islice(loader, n_done, None):
-            seed(opt.seed, "step", run.step, RANK)  # of the noise, for a resumed run as before
+            seed(opt.seed, "step", run.step, RANK)  # and so are the random numbers
             x = to_x(real[RANK::WORLD], opt.binarize)
             y = y[RANK::WORLD]
 
@@ -379,16 +386,16 @@ def train(opt: Namespace) -> Path:
             logits = logits.float()
             if opt.likelihood == "gaussian":
                 model.variance.copy_(best_variance(x, logits))  # averaged, too, as the weights are
-            log_px = log_likelihood(x, logits, opt.likelihood, model.variance).mean()
+            log_lik = log_likelihood(x, logits, opt.likelihood, model.variance).mean()
             kl = kl_divergence(mu.float(), logvar.float()).mean()
-            loss = opt.beta * kl - log_px
+            loss = opt.beta * kl - log_lik
             optimizer.zero_grad()
             loss.backward()
             average_gradients(model)
             optimizer.step()
 
             update_average(model_avg, model, opt.ema, run.step)
-            run.end_step(elbo=log_px - kl, log_px=log_px, kl=kl)
+            run.end_step(elbo=log_lik - kl, log_lik=log_lik, kl=kl)
             if run.step % opt.sample_interval == 0 or run.step == run.last_step:
                 if opt.prior == "fitted":
                     prior.fit(model_avg, images, labels, opt.binarize)
@@ -447,7 +454,7 @@ def generate(opt: Namespace) -> Path:
 
 
 def reconstruct(opt: Namespace) -> Path:
-    """Write each image of the folder opt.reconstruct beside its reconstruction, in one PNG.
+    """Write each image of the folder opt.reconstruct beside its reconstruction, in the order of their paths.
 
     With --conditional, sub-folders are classes. Raises InputError if one is none of the run's.
     """
@@ -456,8 +463,11 @@ def reconstruct(opt: Namespace) -> Path:
     opt = copy.copy(opt)
     opt.dataset = opt.reconstruct
     images, labels, names = load_folder(opt)
-    if opt.conditional and names != opt.classes:
-        raise InputError(f"--reconstruct {opt.reconstruct}: the sub-folders must be {', '.join(opt.classes)}")
+    if opt.conditional:
+        unknown = set(names) - set(opt.classes)
+        if unknown:
+            raise InputError(f'"{opt.reconstruct}": no class of the run: {", ".join(sorted(unknown))}')
+        labels = torch.tensor([opt.classes.index(names[k]) for k in labels])
     folder = new_folder(Path(opt.resume, "reconstructed"))
     for i in range(len(images)):
         x = images[i : i + 1].to(device) / 255
@@ -490,7 +500,7 @@ def number(kind: type, low: float, below: float = 1e18) -> Callable[[str], float
     def parse(text: str) -> float:
         value = kind(text)
         if not low <= value < below:  # so nan is refused, too
-            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to below {below:g}")
+            raise argparse.ArgumentTypeError(f"{text} is not at least {low:g} and less than {below:g}")
         return value
 
     parse.__name__ = kind.__name__  # argparse says "invalid int value"
@@ -670,7 +680,7 @@ def load_folder(opt: Namespace) -> tuple[Tensor, Tensor, list[str]]:
     """The images of a folder, decoded once. A sub-folder is a class; without any, there is one class."""
     root = Path(opt.dataset)
     if not opt.dataset or not root.is_dir():
-        raise InputError(f"--dataset {opt.dataset}: neither a folder nor one of {', '.join(NAMED)}")
+        raise InputError(f'"{opt.dataset}" is neither a folder nor one of {", ".join(NAMED)}')
     files, others = [], Counter()
     for file in find_files(root):
         if file.suffix.lower() in datasets.folder.IMG_EXTENSIONS:
@@ -681,14 +691,14 @@ def load_folder(opt: Namespace) -> tuple[Tensor, Tensor, list[str]]:
         kinds = ", ".join(f"{n} {kind}" for kind, n in others.items())
         say(f"warning: {root}: not read as images: {shorten(kinds, 200)}")
     if not files:
-        raise InputError(f"--dataset {root}: no images there")
+        raise InputError(f'"{root}": no images there')
     n_loose = sum(file.parent == root for file in files)
     if 0 < n_loose < len(files):
-        raise InputError(f"--dataset {root}: {n_loose} images beside its sub-folders, which are the classes")
+        raise InputError(f'"{root}": {n_loose} images beside its sub-folders, which are the classes')
     names = ["all" if n_loose else file.relative_to(root).parts[0] for file in files]
     classes = sorted(set(names))
     if not n_loose and SPLITS.issuperset(name.lower() for name in classes):
-        raise InputError(f"--dataset {root} holds {', '.join(classes)}, not classes: give one of them")
+        raise InputError(f'"{root}" holds {", ".join(classes)}, not classes: give one of them')
 
     channels = opt.channels or 3
     images = torch.empty(len(files), channels, opt.img_size, opt.img_size, dtype=torch.uint8)

@@ -1,17 +1,17 @@
-"""Vector-quantised autoencoder (VQ-VAE): turns images into small squares of codes, and codes into images.
+"""Vector-quantised autoencoder (VQ-VAE): turns images into small grids of codes, and codes into images.
 
-The encoder turns an image x into a square of vectors z. Each is replaced by the nearest of the K vectors
-of a codebook, e, so that the image becomes a square of codes, whole numbers below K. The decoder turns
-the vectors e into an image x' like x. They minimise a sum of means (equation 3 of the paper; here the
-first is divided by the variance of the training pixels, so that always drawing their mean costs 1):
+The encoder turns an image x into a grid of vectors z. Each z is replaced by e, the nearest of the K vectors
+of a codebook, so that the image becomes a grid of codes, integers from 0 to K - 1. The decoder turns the
+vectors e into an image x' like x. They minimise a sum of three means, after equation 3 of the paper:
 
-    (x' - x)^2 / variance  +  (sg[z] - e)^2  +  0.25 (z - sg[e])^2
+    mean (x' - x)^2 / variance  +  mean (sg[z] - e)^2  +  0.25 mean (z - sg[e])^2
 
-sg[] stops the gradient: the second term, the codebook loss, moves only e, and the third, the commitment
-loss, only the encoder. No gradient passes the choice of the nearest: the decoder's gradient for e goes
-"straight through" to z. By default each vector of the codebook follows the mean of the z that chose it,
-instead of the codebook loss (appendix A.1). One that is hardly ever chosen is restarted, at a random z of
-the batch: without restarts, most of the codebook may never be used.
+The variance is that of the training pixels, so that an x' that is always the mean pixel would cost 1. sg[]
+stops the gradient: the second term, the codebook loss, moves only e, and the third, the commitment loss,
+only the encoder. Choosing the nearest vector has no gradient, so the decoder's gradient with respect to e
+is copied to z. By default there is no codebook loss: each vector of the codebook is a moving average of the
+z that chose it (appendix A.1). One that is hardly ever chosen is replaced by a random z of the batch,
+because otherwise most of the codebook might never be used.
 
 VQ-VAE: van den Oord et al. 2017, arXiv:1711.00937. Restarts: Dhariwal et al. 2020, arXiv:2005.00341, and
 Zeghidour et al. 2021, arXiv:2107.03312. Averaged weights: Yazici et al. 2019, arXiv:1806.04498.
@@ -20,10 +20,12 @@ Zeghidour et al. 2021, arXiv:2107.03312. Averaged weights: Yazici et al. 2019, a
     python vqvae.py --dataset path/to/folder --img_size 64   # your images, with or without sub-folders
     python pixelcnnpp.py --dataset runs/vqvae                # learns the codes, and draws new ones
 
-A run leaves the codes of its images in codes.npz, and in decoder.pt2 what turns them into images:
+When a run ends, it writes the codes of all images to codes.npz, and the decoder to decoder.pt2:
 
-    codes = torch.from_numpy(numpy.load("runs/vqvae/codes.npz")["codes"])
+    codes = torch.from_numpy(numpy.load("runs/vqvae/codes.npz")["codes"][:64])
     images = torch.export.load("runs/vqvae/decoder.pt2").module()(codes.long())
+
+To end a run that was stopped early: --resume runs/vqvae --n_epochs 1.
 """
 
 # /// script
@@ -57,7 +59,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.distributions import Categorical
-from torch.nn.functional import interpolate, mse_loss
+from torch.nn.functional import mse_loss
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 from torchvision import datasets
 from torchvision.transforms import v2
@@ -77,25 +79,25 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     p = ArgumentParser(usage="%(prog)s [options]", description=__doc__, formatter_class=Help)
     add = p.add_argument_group("model").add_argument
     add("--codebook", choices=["ema", "loss"], default="ema",
-        help="what moves the codebook: moving averages of z, or the codebook loss")  # fmt: skip
-    add("--decay", type=fraction, default=0.99, help="decay rate of the codebook's moving averages")
+        help="how the codebook learns: as moving averages of z, or by the codebook loss")  # fmt: skip
+    add("--decay", type=fraction, default=0.99, help="decay rate of the codebook's averages and counts")
     add("--commitment", type=number(float, 0), default=0.25, help="weight of the commitment loss")
-    add("--restart", action=ON_OFF, default=True, help="restart codes that are hardly used")
+    add("--restart", action=ON_OFF, default=True, help="replace vectors of the codebook that are hardly used")
     add("--n_embeddings", type=count, default=512, help="K, the number of codes")
     add("--latent_dim", type=count, default=64, help="size of each vector z, and of a code's vector")
     add("--hidden_dim", type=number(int, 2), default=128, help="channels of the convolutions")
     add("--residual_dim", type=count, default=32, help="channels inside a residual block")
     add("--downsample", type=int, choices=[2, 4, 8], default=4, help="pixels per code along a side")
-    add("--ema", type=fraction, default=0.999, help="decay rate of the averaged weights; 0: off")
+    add("--ema", type=fraction, default=0.999, help="decay rate of the averaged copy of the model; 0: off")
     add = p.add_argument_group("training").add_argument
     add("--n_epochs", type=count, default=200, help="epochs in total, those before a resume included")
     add("--batch_size", type=number(int, 2), default=128, help="images per step")
     add("--lr", type=positive, default=1e-3, help="Adam: learning rate")
     add("--b1", type=fraction, default=0.9, help="Adam: decay rate of the first moment")
     add("--b2", type=fraction, default=0.999, help="Adam: decay rate of the second moment")
-    add("--seed", type=number(int, 0), default=0, help="random seed; another one generates other images")
+    add("--seed", type=number(int, 0), default=0, help="random seed, of the training or of --generate")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
-    add("--amp", action=ON_OFF, default=False, help="forward passes in bfloat16; slower on some CPUs")
+    add("--amp", action=ON_OFF, default=False, help="train in bfloat16; slower than float32 on some CPUs")
     add = p.add_argument_group("data").add_argument
     add("--dataset", help="mnist (if not given), fashion_mnist, cifar10, digits or a folder of images")
     add("--data_dir", default="data", help="folder for downloaded data sets")
@@ -168,7 +170,7 @@ class VQVAE(nn.Module):
             *up,
         )
         self.codebook = nn.Parameter(torch.randn(n_embeddings, latent_dim))
-        self.register_buffer("counts", torch.zeros(n_embeddings))  # uses of each code per batch, averaged
+        self.register_buffer("counts", torch.zeros(n_embeddings))  # moving average of uses per batch
 
     def nearest(self, z: Tensor) -> Tensor:
         """Vectors z (N, latent_dim, h, w) -> codes (N, h, w): for each z, that of the nearest vector e."""
@@ -192,7 +194,7 @@ class VQVAE(nn.Module):
     forward = decode  # so that this is what torch.export exports
 
     def frequencies(self) -> Categorical:
-        """How often each code is used in training, as a distribution. No code is quite impossible."""
+        """About how often each code is used in training, as a distribution. No probability is 0."""
         return Categorical(self.counts + 1e-3)
 
 
@@ -201,13 +203,15 @@ class VQVAE(nn.Module):
 
 @torch.no_grad()
 def update_codebook(model: VQVAE, z: Tensor, codes: Tensor, opt: Namespace) -> None:
-    """Move each code's vector to the z (N, latent_dim, h, w) that chose it; restart codes hardly used.
+    """Count the uses of the codes of z (N, latent_dim, h, w), and change the codebook after them.
 
-    With --codebook ema, for each code (appendix A.1 of the paper):
+    With --codebook ema each vector is an average of the z that chose it (appendix A.1 of the paper):
 
         count  = decay * count + (1 - decay) * (number of z that chose the code)
         total  = decay * total + (1 - decay) * (sum of the z that chose the code)
         vector = total / count
+
+    With --restart a vector is replaced by a random z if its count is small.
     """
     codebook = model.codebook
     counts = model.counts
@@ -220,10 +224,11 @@ def update_codebook(model: VQVAE, z: Tensor, codes: Tensor, opt: Namespace) -> N
         dist.all_reduce(uses)
         dist.all_reduce(sums)
         dist.broadcast(candidates, 0)
-    is_rare = counts == 0  # in the first step, all are
+    is_rare = counts == 0  # all of them in the first step, as the first vectors have nothing to do with z
     counts.lerp_(uses, 1 - opt.decay)
     if opt.codebook == "ema":
-        # total / count as above, written as a change of the vector: it is 0 for a code that nothing chose.
+        # The total before is count * vector, so total / count changes the vector by this. It is 0 for a
+        # vector that no z chose.
         change = (1 - opt.decay) * (sums - uses[:, None] * codebook)
         codebook += change / counts[:, None].clamp(min=1e-9)
     if opt.restart:
@@ -237,9 +242,9 @@ def measure(model: VQVAE, images: Tensor, variance: Tensor, opt: Namespace) -> d
     """Metrics of uint8 test images (N, channels, H, W).
 
     test_mse is the mean squared error of pixels in [0, 1], and test_error the same over the variance.
-    test_perplexity is exp(entropy) of the codes: how many they would be if all were used evenly; test_used
-    is how many are used. test_bits_per_dim is the length of the codes in bits per pixel and channel, if
-    each code takes -log2 of its frequency in training.
+    test_perplexity is exp(entropy) of the codes: the number of evenly used codes with the same entropy;
+    test_used is how many are used. test_code_bits is the length of an image's codes, in bits, if each takes
+    -log2 of its frequency in training: what remains of the image, not a likelihood.
     """
     mse = 0.0
     uses = 0
@@ -254,7 +259,7 @@ def measure(model: VQVAE, images: Tensor, variance: Tensor, opt: Namespace) -> d
         "test_error": mse / float(variance),
         "test_perplexity": float(Categorical(uses).perplexity()),
         "test_used": int(uses.count_nonzero()),
-        "test_bits_per_dim": -float((uses * log2_frequencies).sum()) / images.numel(),
+        "test_code_bits": -float((uses * log2_frequencies).sum()) / len(images),
     }
 
 
@@ -277,7 +282,8 @@ def train(opt: Namespace) -> Path:
         dist.init_process_group()
     device = find_device(opt.device)
     # For data of your own, replace this line. Images are uint8 (N, channels, img_size, img_size), labels
-    # (N,) count from 0, classes are their names.
+    # (N,) are class numbers from 0, and classes is the list of their names. Leave out --dataset: then
+    # every tenth image is for the test.
     images, labels, opt.classes = load_data(opt)
     images, labels, test_images, test_labels = hold_out(opt, images, labels)
     # All images lie on the device, as bytes.
@@ -293,17 +299,17 @@ def train(opt: Namespace) -> Path:
     optimizer = torch.optim.Adam(model.parameters(), opt.lr, (opt.b1, opt.b2), fused=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=opt.amp)
 
-    # At most ten test images for the grids, evenly spread, as those of a folder are sorted by class; and
-    # at most 10,000 random images for the variance of the pixels.
+    # Up to ten test images for the grids, evenly spread, as those of a folder are sorted by class; and up to
+    # 1,000 random training images for the variance of the pixels.
     grid_images = test_images[:: len(test_images) // 10 + 1] / 255
-    variance = (images[torch.randperm(len(images))[:10_000]] / 255).var().clamp(min=1e-6)
+    variance = (images[torch.randperm(len(images))[:1000]] / 255).var().clamp(min=1e-6)
 
     run = Run(opt, loader, model=model, model_avg=model_avg, optimizer=optimizer)
     first_epoch, n_done = divmod(run.step, len(loader))
     for epoch in range(first_epoch, opt.n_epochs):
-        seed(opt.seed, "epoch", epoch)  # of the order of the images, for a resumed run as before
+        seed(opt.seed, "epoch", epoch)  # so that the order of the images is the same after a resume
         for x, _ in itertools.islice(loader, n_done, None):
-            seed(opt.seed, "step", run.step, RANK)  # of the restarts, for a resumed run as before
+            seed(opt.seed, "step", run.step, RANK)  # and so are the random numbers
             x = x[RANK::WORLD] / 255  # from 0..255 to [0, 1]
             with autocast:
                 z = model.encoder(x).float()
@@ -324,7 +330,7 @@ def train(opt: Namespace) -> Path:
             update_average(model_avg, model, opt.ema, run.step)
             run.end_step(error=error, commitment=commitment)
             if run.step % opt.sample_interval == 0 or run.step == run.last_step:
-                seed(opt.seed, "sample")  # so that all sample grids have the same noise
+                seed(opt.seed, "sample")  # the same random numbers for each sample grid
                 grid_codes = model_avg.frequencies().sample(codes.shape)
                 run.save_grid("sample", model_avg.decode(grid_codes), 16)
                 grid_recon = model_avg.decode(model_avg.encode(grid_images))
@@ -332,7 +338,7 @@ def train(opt: Namespace) -> Path:
                 run.record(**measure(model_avg, test_images, variance, opt))
             run.save_if_due()
         n_done = 0
-    run.finish()
+    run.save()
     if RANK == 0:
         write_codes(
             run.folder,
@@ -343,6 +349,7 @@ def train(opt: Namespace) -> Path:
             classes=opt.classes,
             n_embeddings=opt.n_embeddings,
         )
+    run.finish()
     return run.folder
 
 
@@ -353,24 +360,23 @@ def encode_all(model: VQVAE, images: Tensor, opt: Namespace) -> np.ndarray:
 
 
 def write_codes(folder: Path, **arrays) -> None:
-    """Write codes.npz, which holds the arrays; codebook.png, which shows what each code alone decodes to;
-    and decoder.pt2, the decoder, which works without this script: torch.export.load(file).module() turns
-    codes (N, h, w), int64, into images (N, channels, H, W) in [0, 1]. Raises OSError if that fails.
+    """Write codes.npz, which holds the arrays, and decoder.pt2, a decoder that works without this script.
+
+    torch.export.load(file).module() turns codes (N, h, w), int64, of the run's h and w, into images
+    (N, channels, H, W) in [0, 1]. Raises OSError if a file cannot be written.
     """
     model = load(folder)
-    every_code = torch.arange(len(model.codebook))[:, None, None]
-    with replacing(folder / "codebook.png") as file:
-        save_image(interpolate(model.decode(every_code), scale_factor=4), file, nrow=32)
     del model.encoder
     example_codes = torch.from_numpy(arrays["codes"][:2]).long()
     decoder = torch.export.export(model, (example_codes,), dynamic_shapes=[{0: torch.export.Dim("N")}])
     buffer = io.BytesIO()  # because torch, writing to a full disk itself, would abort the process
     torch.export.save(decoder, buffer)
     # The slow part is done before the first file is replaced, as the two must fit each other after a stop.
-    with replacing(folder / "codes.npz") as file:
-        np.savez_compressed(file, **arrays)
     with replacing(folder / "decoder.pt2") as file:
         file.write_bytes(buffer.getbuffer())
+    with replacing(folder / "codes.npz") as file:
+        np.savez_compressed(file, **arrays)
+    say(f'codes of all images in "{folder}"; to learn to draw new ones: pixelcnnpp.py --dataset "{folder}"')
 
 
 # ---------------------------------------------------------------- load and generate
@@ -438,7 +444,7 @@ def number(kind: type, low: float, below: float = 1e18) -> Callable[[str], float
     def parse(text: str) -> float:
         value = kind(text)
         if not low <= value < below:  # so nan is refused, too
-            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to below {below:g}")
+            raise argparse.ArgumentTypeError(f"{text} is not at least {low:g} and less than {below:g}")
         return value
 
     parse.__name__ = kind.__name__  # argparse says "invalid int value"
@@ -618,7 +624,7 @@ def load_folder(opt: Namespace) -> tuple[Tensor, Tensor, list[str]]:
     """The images of a folder, decoded once. A sub-folder is a class; without any, there is one class."""
     root = Path(opt.dataset)
     if not opt.dataset or not root.is_dir():
-        raise InputError(f"--dataset {opt.dataset}: neither a folder nor one of {', '.join(NAMED)}")
+        raise InputError(f'"{opt.dataset}" is neither a folder nor one of {", ".join(NAMED)}')
     files, others = [], Counter()
     for file in find_files(root):
         if file.suffix.lower() in datasets.folder.IMG_EXTENSIONS:
@@ -629,14 +635,14 @@ def load_folder(opt: Namespace) -> tuple[Tensor, Tensor, list[str]]:
         kinds = ", ".join(f"{n} {kind}" for kind, n in others.items())
         say(f"warning: {root}: not read as images: {shorten(kinds, 200)}")
     if not files:
-        raise InputError(f"--dataset {root}: no images there")
+        raise InputError(f'"{root}": no images there')
     n_loose = sum(file.parent == root for file in files)
     if 0 < n_loose < len(files):
-        raise InputError(f"--dataset {root}: {n_loose} images beside its sub-folders, which are the classes")
+        raise InputError(f'"{root}": {n_loose} images beside its sub-folders, which are the classes')
     names = ["all" if n_loose else file.relative_to(root).parts[0] for file in files]
     classes = sorted(set(names))
     if not n_loose and SPLITS.issuperset(name.lower() for name in classes):
-        raise InputError(f"--dataset {root} holds {', '.join(classes)}, not classes: give one of them")
+        raise InputError(f'"{root}" holds {", ".join(classes)}, not classes: give one of them')
 
     channels = opt.channels or 3
     images = torch.empty(len(files), channels, opt.img_size, opt.img_size, dtype=torch.uint8)

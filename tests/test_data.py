@@ -245,7 +245,7 @@ def test_a_folder_without_images(cgan, tmp_path):
 def test_no_folder(cgan, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     Path("a_file").touch()
-    with pytest.raises(cgan.InputError, match=f"--dataset {name}: neither a folder nor one of digits, mnist"):
+    with pytest.raises(cgan.InputError, match=f'"{name}" is neither a folder nor one of digits, mnist'):
         read(cgan, name)
 
 

@@ -425,9 +425,9 @@ def test_a_folder_without_sub_folders(pixelcnn, tmp_path, monkeypatch, command, 
     "arguments, says",
     [
         (["--arch", "plusplus"], ["--arch"]),
-        (["--hidden_dim", "1"], ["--hidden_dim", "from 2"]),
-        (["--n_layers", "0"], ["--n_layers", "from 1"]),
-        (["--ema", "1"], ["--ema", "below 1"]),
+        (["--hidden_dim", "1"], ["--hidden_dim", "at least 2"]),
+        (["--n_layers", "0"], ["--n_layers", "at least 1"]),
+        (["--ema", "1"], ["--ema", "less than 1"]),
     ],
 )
 def test_bad_options(pixelcnn, refused, tmp_path, monkeypatch, arguments, says):
@@ -495,6 +495,7 @@ def codes_of_vqvae(tmp_path_factory):
     example = (torch.zeros(2, 4, 4, dtype=torch.long),)
     program = torch.export.export(Decoder(), example, dynamic_shapes=({0: torch.export.Dim("N")},))
     torch.export.save(program, folder / "decoder.pt2")
+    (folder / "checkpoint.pt").touch()  # which is how a run is told from a folder of images
     return folder
 
 
@@ -561,6 +562,8 @@ def test_bad_codes(pixelcnn, codes, small, images, refused):
     refused(pixelcnn, "--dataset", codes, *TINY, says=["decoder.pt2"])
     (codes / "codes.npz").write_bytes(b"no zip")
     refused(pixelcnn, "--dataset", codes, *TINY, says=["codes.npz", "cannot be read"])
+    (codes / "codes.npz").unlink()  # as that of a run which has not ended
+    refused(pixelcnn, "--dataset", codes, *TINY, says=["codes.npz", "No such file"])
     assert len(list(Path("runs").iterdir())) == 4
 
 

@@ -566,9 +566,9 @@ def test_it_learns_what_a_label_means(pixelcnnpp, small):
     "arguments, says",
     [
         (["--likelihood", "logistic"], ["--likelihood"]),
-        (["--hidden_dim", "1"], ["--hidden_dim", "from 2"]),
-        (["--n_layers", "0"], ["--n_layers", "from 1"]),
-        (["--dropout", "1"], ["--dropout", "below 1"]),
+        (["--hidden_dim", "1"], ["--hidden_dim", "at least 2"]),
+        (["--n_layers", "0"], ["--n_layers", "at least 1"]),
+        (["--dropout", "1"], ["--dropout", "less than 1"]),
     ],
 )
 def test_bad_options(pixelcnnpp, refused, tmp_path, monkeypatch, arguments, says):
@@ -644,6 +644,7 @@ def codes_of_vqvae(tmp_path_factory):
     example = (torch.zeros(2, 4, 4, dtype=torch.long),)
     program = torch.export.export(Decoder(), example, dynamic_shapes=({0: torch.export.Dim("N")},))
     torch.export.save(program, folder / "decoder.pt2")
+    (folder / "checkpoint.pt").touch()  # which is how a run is told from a folder of images
     return folder
 
 
@@ -699,4 +700,6 @@ def test_bad_codes(pixelcnnpp, codes, refused):
     refused(pixelcnnpp, "--dataset", codes, *TINY, says=["3", "multiple of 4"])
     (codes / "codes.npz").write_bytes(b"no zip")
     refused(pixelcnnpp, "--dataset", codes, *TINY, says=["codes.npz", "cannot be read"])
+    (codes / "codes.npz").unlink()  # as that of a run which has not ended
+    refused(pixelcnnpp, "--dataset", codes, *TINY, says=["codes.npz", "No such file"])
     assert len(list(Path("runs").iterdir())) == 2
