@@ -182,3 +182,72 @@ def run_script(path: Path, *arguments, cwd: Path, **environment) -> subprocess.C
 def checkpoint(run) -> dict:
     """What a run has saved."""
     return torch.load(Path(run, "checkpoint.pt"), weights_only=True)
+
+
+# ---------------------------------------------------------------- processes, beside the other tests
+
+# What a script prints is read; it neither waits for a terminal nor uses more than one core.
+PIPES = dict(
+    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+)
+
+IMPORTS = f"""
+import signal, socket, sys, torch
+def state():
+    handler = signal.getsignal(signal.SIGINT)
+    return torch.get_rng_state().tolist(), torch.get_num_threads(), handler, socket.getdefaulttimeout()
+before = state()
+sys.argv = ["x", "--nonsense"]
+sys.path.insert(0, {str(ROOT)!r})
+import {", ".join(SCRIPTS)}
+assert state() == before
+"""
+
+
+@pytest.fixture(scope="session")
+def children(images, tmp_path_factory):
+    """Each script, copied alone into an empty folder and trained there: cgan without data; and a process
+    that imports all.
+    """
+    few = ["--n_epochs", "1", "--dataset", str(images), "--batch_size", "8", "--sample_interval", "4"]
+    options = {name: [*few, *SMALLER[name]] for name in SCRIPTS}
+    options["cgan"] = ["--n_epochs", "1", "--batch_size", "500", "--sample_interval", "10"]
+    started = {}
+    for name in (*SCRIPTS, "imports"):
+        folder = tmp_path_factory.mktemp(name)
+        command = ["-B", "-c", IMPORTS]
+        if name in SCRIPTS:
+            command = [shutil.copy(ROOT / f"{name}.py", folder / "mine.py"), *options[name]]
+        started[name] = folder, subprocess.Popen([sys.executable, *command], cwd=folder, **PIPES)
+    yield started
+    for _, child in started.values():
+        child.kill()
+        child.communicate()
+
+
+@pytest.fixture(scope="session")
+def two_processes(images, tmp_path_factory):
+    """The folder in which torchrun does the work of test_torchrun.py, and torchrun."""
+    folder = tmp_path_factory.mktemp("two")
+    for name in SCRIPTS:
+        (folder / "runs" / name).mkdir(parents=True)  # so that a new run gets another name
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    child = subprocess.Popen(
+        [*command, ROOT / "tests" / "test_torchrun.py", images],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    yield folder, child
+    child.terminate()  # torchrun ends its workers, too
+    child.communicate()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def processes_begin_at_once(request):
+    """Those that any of the tests asks for."""
+    for name in ("two_processes", "children"):
+        if any(name in item.fixturenames for item in request.session.items):
+            request.getfixturevalue(name)

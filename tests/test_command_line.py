@@ -1,13 +1,11 @@
 """The scripts as users run them, in processes of their own; and the commands of the README.
 
-One process for each script; all begin with the first test that asks for one and run at the same time.
+The processes are those of the fixture `children`, which begin with the first test of all.
 """
 
 import importlib
-import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,46 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SCRIPTS, SMALLER, checkpoint
+from conftest import PIPES, ROOT, SCRIPTS, checkpoint
 from PIL import Image
-
-# What a script prints is read; it neither waits for a terminal nor uses more than one core.
-PIPES = dict(
-    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-)
-
-IMPORTS = f"""
-import signal, socket, sys, torch
-def state():
-    handler = signal.getsignal(signal.SIGINT)
-    return torch.get_rng_state().tolist(), torch.get_num_threads(), handler, socket.getdefaulttimeout()
-before = state()
-sys.argv = ["x", "--nonsense"]
-sys.path.insert(0, {str(ROOT)!r})
-import {", ".join(SCRIPTS)}
-assert state() == before
-"""
-
-
-@pytest.fixture(scope="module")
-def children(images, tmp_path_factory):
-    """Each script, copied alone into an empty folder and trained there: cgan without data; and one that
-    imports all.
-    """
-    few = ["--n_epochs", "1", "--dataset", str(images), "--batch_size", "8", "--sample_interval", "4"]
-    options = {name: [*few, *SMALLER[name]] for name in SCRIPTS}
-    options["cgan"] = ["--n_epochs", "1", "--batch_size", "500", "--sample_interval", "10"]
-    started = {}
-    for name in (*SCRIPTS, "imports"):
-        folder = tmp_path_factory.mktemp(name)
-        command = ["-B", "-c", IMPORTS]
-        if name in SCRIPTS:
-            command = [shutil.copy(ROOT / f"{name}.py", folder / "mine.py"), *options[name]]
-        started[name] = folder, subprocess.Popen([sys.executable, *command], cwd=folder, **PIPES)
-    yield started
-    for _, child in started.values():
-        child.kill()
-        child.communicate()
 
 
 def test_importing_does_nothing(children):

@@ -436,33 +436,6 @@ def test_bad_options(pixelcnn, refused, tmp_path, monkeypatch, arguments, says):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("arch", ARCHES)
-def test_a_stopped_run_goes_on_exactly(pixelcnn, small, monkeypatch, arch):
-    """In mid-epoch, with binary pixels, for which every step uses random numbers."""
-    options = [*small, "--n_epochs", "2", "--arch", arch, "--binarize", "--conditional"]
-    whole = train(pixelcnn, *options, "--out_dir", "whole")
-    save = pixelcnn.Run.save_if_due
-
-    def stop(run):
-        if run.step == 9:
-            run.save()
-            raise KeyboardInterrupt
-        save(run)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pixelcnn.Run, "save_if_due", stop)
-        train(pixelcnn, *options, "--out_dir", "part")
-    train(pixelcnn, "--resume", "part")
-    one, two = checkpoint(whole), checkpoint("part")
-    for part in ("model", "model_avg"):
-        for name, value in one[part].items():
-            assert torch.equal(value, two[part][name]), name
-    for a, b in zip(log(whole), log(Path("part")), strict=True):
-        assert a | {"seconds": 0} == b | {"seconds": 0}
-    for file in (whole / "images").iterdir():
-        assert Path("part/images", file.name).read_bytes() == file.read_bytes()
-
-
 # ---------------------------------------------------------------- the script, on codes
 
 

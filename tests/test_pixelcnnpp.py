@@ -586,32 +586,6 @@ def test_a_diverged_training_says_so(pixelcnnpp, small, refused):
     refused(pixelcnnpp, *small, "--lr", "1e8", "--sample_interval", "1", says=["finite", "lower --lr"])
 
 
-def test_a_stopped_run_goes_on_exactly(pixelcnnpp, small, monkeypatch):
-    """In mid-epoch, with dropout and with black and white pixels drawn in every step."""
-    options = [*small, "--batch_size", "16", "--n_epochs", "2", "--conditional", "--binarize", "--amp"]
-    whole = train(pixelcnnpp, *options, "--out_dir", "whole")
-    save = pixelcnnpp.Run.save_if_due
-
-    def stop(run):
-        if run.step == 4:
-            run.save()
-            raise KeyboardInterrupt
-        save(run)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pixelcnnpp.Run, "save_if_due", stop)
-        train(pixelcnnpp, *options, "--out_dir", "part")
-    train(pixelcnnpp, "--resume", "part")
-    one, two = checkpoint(whole), checkpoint("part")
-    for part in ("model", "model_avg"):
-        for name, value in one[part].items():
-            assert torch.equal(value, two[part][name]), name
-    for a, b in zip(log(whole), log(Path("part")), strict=True):
-        assert a | {"seconds": 0} == b | {"seconds": 0}
-    file = "images/sample_00000006.png"
-    assert Path("part", file).read_bytes() == (whole / file).read_bytes()
-
-
 # ---------------------------------------------------------------- the script, on codes
 
 

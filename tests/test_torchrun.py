@@ -135,24 +135,13 @@ def train_as_one(script, arguments: list[str]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two(images, tmp_path_factory):
+def two(two_processes):
     """The folder in which two processes have done the work above, and what they have printed."""
-    folder = tmp_path_factory.mktemp("two")
-    for name in SCRIPTS:
-        (folder / "runs" / name).mkdir(parents=True)  # so that a new run gets another name
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    child = subprocess.Popen(
-        [*command, __file__, str(images)],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    folder, child = two_processes
     try:
         printed, _ = child.communicate(timeout=END)
     except subprocess.TimeoutExpired:
-        child.terminate()  # torchrun ends its workers, too
+        child.terminate()
         pytest.fail(child.communicate(timeout=30)[0])
     return folder, printed, child.returncode
 
