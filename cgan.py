@@ -2,14 +2,16 @@
 
 The generator G turns noise z and a label y into an image. The discriminator D scores how real an image
 looks for its label. D pushes the scores of real images towards 1 and those of G's fakes towards 0;
-G pushes the scores of its fakes towards 1 (least squares):
+G pushes the scores of its fakes towards 1 (least squares). Besides, D learns to classify real images, and G
+to have its fakes classified as their labels, with a small weight c of the cross-entropy H:
 
-    D minimises    E[(D(x, y) - 1)^2] / 2  +  E[D(G(z, y), y)^2] / 2
-    G minimises    E[(D(G(z, y), y) - 1)^2]
+    D minimises    E[(D(x, y) - 1)^2] / 2  +  E[D(G(z, y), y)^2] / 2  +  c E[H(class of x, y)]
+    G minimises    E[(D(G(z, y), y) - 1)^2]  +  c E[H(class of G(z, y), y)]
 
 Conditional GAN: Mirza & Osindero 2014, arXiv:1411.1784. Least squares: Mao et al. 2017,
 arXiv:1611.04076, equation 9, with twice the loss of G. Label in D: Miyato & Koyama 2018,
-arXiv:1802.05637. Noise on D's input: Sønderby et al. 2016, arXiv:1610.04490. Averaged weights:
+arXiv:1802.05637. Classifier in D: Odena et al. 2017, arXiv:1610.09585. --arch conv: DCGAN, Radford et al.
+2015, arXiv:1511.06434. Noise on D's input: Sønderby et al. 2016, arXiv:1610.04490. Averaged weights:
 Yazici et al. 2019, arXiv:1806.04498.
 
     python cgan.py --n_epochs 20                          # MNIST; built-in digits when offline
@@ -46,6 +48,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 from torchvision import datasets
 from torchvision.transforms import v2
@@ -67,9 +70,11 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--arch", choices=["mlp", "conv"], default="mlp", help="fully connected or convolutional")
     add("--conditioning", choices=["projection", "concat"], default="projection",
         help="how D sees the label: in its score, or as a channel of the image")  # fmt: skip
+    add("--class_weight", type=number(float, 0), default=0.2,
+        help="c, the weight of the classification; 0 with --conditioning concat")  # fmt: skip
+    add("--hidden_dim", type=count, default=32, help="conv: channels at the finest level")
     add("--latent_dim", type=count, default=100, help="size of z")
-    add("--noise", type=number(float, 0),
-        help="standard deviation of the noise on D's input; if not given: 0.1, conv: 0.2")  # fmt: skip
+    add("--noise", type=number(float, 0), default=0.1, help="standard deviation of the noise on D's input")
     add("--ema", type=fraction, default=0.999, help="decay rate of G's averaged weights; 0: off")
     add = p.add_argument_group("training").add_argument
     add("--n_epochs", type=count, default=200, help="epochs in total, those before a resume included")
@@ -84,7 +89,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add = p.add_argument_group("data").add_argument
     add("--dataset", help="mnist (if not given), fashion_mnist, cifar10, digits or a folder of images")
     add("--data_dir", default="data", help="folder for downloaded data sets")
-    add("--img_size", type=count, default=32, help="side of the images in pixels; conv: a multiple of 8")
+    add("--img_size", type=count, default=32, help="side of the images in pixels; conv: a multiple of 4")
     add("--channels", type=int, choices=[1, 3], help="1: grey, 3: colour (default: the data's; a folder: 3)")
     add("--n_classes", type=count, help="stop if the data does not have this many classes")
     add("--n_cpu", type=count, default=8, help="threads that read the images of a folder")
@@ -95,10 +100,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--generate", type=count, metavar="N", help="with --resume: write N images instead of training")
     add("--labels", nargs="+", metavar="CLASS", help="with --generate: only of these classes")
     opt = parse_and_check(p, argv)
-    if opt.noise is None:
-        opt.noise = {"mlp": 0.1, "conv": 0.2}[opt.arch]
-    if opt.arch == "conv" and opt.img_size % 8:
-        p.error(f"--img_size {opt.img_size}: --arch conv needs a multiple of 8")
+    if opt.arch == "conv" and opt.img_size % 4:
+        p.error(f"--img_size {opt.img_size}: --arch conv needs a multiple of 4")
+    if opt.conditioning == "concat":
+        opt.class_weight = 0.0  # D sees the label, so there is nothing to classify
     if opt.labels and not opt.generate:
         p.error("--labels needs --generate N")
     for name in opt.labels or []:
@@ -111,15 +116,20 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 class Generator(nn.Module):
-    """Noise z (N, latent_dim) and labels (N,) -> images (N, channels, img_size, img_size) in [-1, 1]."""
+    """Noise z (N, latent_dim) and labels (N,) -> images (N, channels, img_size, img_size) in [-1, 1].
 
-    def __init__(self, arch: str, img_size: int, channels: int, latent_dim: int, n_classes: int):
+    --arch conv doubles the side of the images at each level and halves the channels, down to hidden_dim.
+    """
+
+    def __init__(
+        self, arch: str, img_size: int, channels: int, latent_dim: int, hidden_dim: int, n_classes: int
+    ):
         super().__init__()
         self.embed = nn.Embedding(n_classes, n_classes)
-        n_in = latent_dim + n_classes
+        z_dim = latent_dim + n_classes
         if arch == "mlp":
             self.net = nn.Sequential(
-                nn.Linear(n_in, 128), nn.LeakyReLU(0.2),
+                nn.Linear(z_dim, 128), nn.LeakyReLU(0.2),
                 nn.Linear(128, 256), nn.BatchNorm1d(256), nn.LeakyReLU(0.2),
                 nn.Linear(256, 512), nn.BatchNorm1d(512), nn.LeakyReLU(0.2),
                 nn.Linear(512, 1024), nn.BatchNorm1d(1024), nn.LeakyReLU(0.2),
@@ -127,27 +137,41 @@ class Generator(nn.Module):
                 nn.Unflatten(1, (channels, img_size, img_size)),
             )  # fmt: skip
         else:
-            side = img_size // 8
-            self.net = nn.Sequential(
-                nn.Linear(n_in, 128 * side**2), nn.Unflatten(1, (128, side, side)),
-                nn.BatchNorm2d(128), nn.ReLU(), nn.ConvTranspose2d(128, 64, 4, 2, 1),
-                nn.BatchNorm2d(64), nn.ReLU(), nn.ConvTranspose2d(64, 32, 4, 2, 1),
-                nn.BatchNorm2d(32), nn.ReLU(), nn.ConvTranspose2d(32, channels, 4, 2, 1), nn.Tanh(),
-            )  # fmt: skip
+            # From the image back to z: at each level half the side and, after the first, twice the channels.
+            side = img_size
+            n_in, n_out = hidden_dim, channels
+            layers = [nn.Tanh()]
+            while side % 2 == 0 and side >= 8:
+                up = [nn.BatchNorm2d(n_in), nn.ReLU(), nn.ConvTranspose2d(n_in, n_out, 4, 2, 1)]
+                layers = up + layers
+                n_in, n_out = 2 * n_in, n_in
+                side //= 2
+            first = [nn.Linear(z_dim, n_out * side**2), nn.Unflatten(1, (n_out, side, side))]
+            self.net = nn.Sequential(*first, *layers)
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         return self.net(torch.cat([z, self.embed(labels)], dim=1))
 
 
 class Discriminator(nn.Module):
-    """Images (N, channels, img_size, img_size) in [-1, 1] and labels (N,) -> scores (N, 1).
+    """Images (N, channels, img_size, img_size) in [-1, 1] and labels (N,) -> scores (N, 1), class logits.
 
     With conditioning "projection" the score is w.h(x) + e(y).h(x), for the features h of the image and
     an embedding e of the label; with "concat" the label is embedded as one more channel of the image.
+    The class logits (N, n_classes), which say which class D takes the image for, are linear in h, too.
+
+    --arch conv halves the side of the images at each level and doubles the channels, from hidden_dim.
     """
 
     def __init__(
-        self, arch: str, conditioning: str, img_size: int, channels: int, n_classes: int, noise: float = 0.0
+        self,
+        arch: str,
+        conditioning: str,
+        img_size: int,
+        channels: int,
+        hidden_dim: int,
+        n_classes: int,
+        noise: float,
     ):
         super().__init__()
         self.conditioning = conditioning
@@ -163,14 +187,17 @@ class Discriminator(nn.Module):
                 nn.Linear(512, 512), nn.LeakyReLU(0.2),
             )  # fmt: skip
         else:
-            n_features = 128 * (img_size // 8) ** 2
-            self.features = nn.Sequential(
-                nn.Conv2d(channels, 32, 4, 2, 1), nn.LeakyReLU(0.2),
-                nn.Conv2d(32, 64, 4, 2, 1), nn.LeakyReLU(0.2),
-                nn.Conv2d(64, 128, 4, 2, 1), nn.LeakyReLU(0.2),
-                nn.Flatten(),
-            )  # fmt: skip
+            side = img_size // 2
+            dim = hidden_dim
+            layers = [nn.Conv2d(channels, dim, 4, 2, 1), nn.LeakyReLU(0.2)]
+            while side % 2 == 0 and side >= 8:
+                layers += [nn.Conv2d(dim, 2 * dim, 4, 2, 1), nn.BatchNorm2d(2 * dim), nn.LeakyReLU(0.2)]
+                dim *= 2
+                side //= 2
+            n_features = dim * side**2
+            self.features = nn.Sequential(*layers, nn.Flatten())
         self.score = nn.Linear(n_features, 1)
+        self.classify = nn.Linear(n_features, n_classes)
         if conditioning == "concat":
             self.embed = nn.Embedding(n_classes, img_size**2)
         else:
@@ -178,16 +205,17 @@ class Discriminator(nn.Module):
             # Small at first, so that the label's part does not dominate the score.
             nn.init.normal_(self.embed.weight, std=n_features**-0.5)
 
-    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        if self.training and self.noise:
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if self.training:
             # Without noise, D would recognise fake digits by their background, which is never quite black.
             images = images + self.noise * torch.randn_like(images)
         embedding = self.embed(labels)
         if self.conditioning == "concat":
             label_channel = embedding.view(-1, 1, *images.shape[2:])
-            return self.score(self.features(torch.cat([images, label_channel], dim=1)))
+            h = self.features(torch.cat([images, label_channel], dim=1))
+            return self.score(h), self.classify(h)
         h = self.features(images)
-        return self.score(h) + (embedding * h).sum(dim=1, keepdim=True)
+        return self.score(h) + (embedding * h).sum(dim=1, keepdim=True), self.classify(h)
 
 
 # ---------------------------------------------------------------- training
@@ -211,13 +239,16 @@ def train(opt: Namespace) -> Path:
     loader = make_loader(images.to(device), labels.to(device), opt.batch_size)
 
     torch.manual_seed(opt.seed)
-    G = Generator(opt.arch, opt.img_size, opt.channels, opt.latent_dim, n_classes)
-    D = Discriminator(opt.arch, opt.conditioning, opt.img_size, opt.channels, n_classes, opt.noise)
+    G = Generator(opt.arch, opt.img_size, opt.channels, opt.latent_dim, opt.hidden_dim, n_classes)
+    D = Discriminator(
+        opt.arch, opt.conditioning, opt.img_size, opt.channels, opt.hidden_dim, n_classes, opt.noise
+    )
     G.to(device, memory_format=torch.channels_last)  # faster convolutions
     D.to(device, memory_format=torch.channels_last)
     G_avg = copy.deepcopy(G).eval().requires_grad_(False)  # for sample grids and load()
-    optimizer_G = torch.optim.Adam(G.parameters(), opt.lr, (opt.b1, opt.b2), fused=True)
-    optimizer_D = torch.optim.Adam(D.parameters(), opt.lr, (opt.b1, opt.b2), fused=True)
+    betas = (opt.b1, opt.b2)
+    optimizer_G = torch.optim.Adam(G.parameters(), opt.lr, betas, fused=True)
+    optimizer_D = torch.optim.Adam(D.parameters(), opt.lr, betas, fused=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=opt.amp)
 
     # Column k of a sample grid is class k, for at most 10 classes; the images of a row share their z.
@@ -242,8 +273,9 @@ def train(opt: Namespace) -> Path:
             D.requires_grad_(False)
             with autocast:
                 fake = G(z, y)
-                fake_scores = D(fake, y)
+                fake_scores, fake_logits = D(fake, y)
             g_loss = (fake_scores.float() - 1).square().mean()
+            g_loss = g_loss + opt.class_weight * cross_entropy(fake_logits.float(), y)
             optimizer_G.zero_grad()
             g_loss.backward()
             average_gradients(G)
@@ -252,11 +284,12 @@ def train(opt: Namespace) -> Path:
             # discriminator
             D.requires_grad_(True)
             with autocast:
-                real_scores = D(real, y)
-                fake_scores = D(fake.detach(), y)
+                real_scores, real_logits = D(real, y)
+                fake_scores, _ = D(fake.detach(), y)
             real_loss = (real_scores.float() - 1).square().mean()
             fake_loss = fake_scores.float().square().mean()
-            d_loss = (real_loss + fake_loss) / 2
+            class_loss = cross_entropy(real_logits.float(), y)
+            d_loss = (real_loss + fake_loss) / 2 + opt.class_weight * class_loss
             optimizer_D.zero_grad()
             d_loss.backward()
             average_gradients(D)
@@ -284,7 +317,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Generator:
     """
     state = read_checkpoint(folder)
     o = Namespace(**state["options"])
-    G = Generator(o.arch, o.img_size, o.channels, o.latent_dim, len(o.classes))
+    G = Generator(o.arch, o.img_size, o.channels, o.latent_dim, o.hidden_dim, len(o.classes))
     G.load_state_dict(state["G_avg"])
     G.options = o
     return G.to(device).eval().requires_grad_(False)

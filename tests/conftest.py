@@ -75,6 +75,8 @@ def images(tmp_path_factory):
 
 SMALL = ["--batch_size", "8", "--img_size", "16", "--sample_interval", "4", "--device", "cpu"]
 SMALLER = {name: ["--latent_dim", "4"] for name in ("vae", "gan", "cgan", "vqvae")}
+SMALLER["gan"] += ["--arch", "conv", "--hidden_dim", "4"]
+SMALLER["cgan"] += ["--arch", "conv", "--hidden_dim", "4"]
 SMALLER["vae"] += ["--arch", "mlp"]
 SMALLER["vqvae"] += ["--hidden_dim", "8", "--residual_dim", "4", "--n_embeddings", "16"]
 SMALLER["pixelcnn"] = ["--hidden_dim", "4", "--n_layers", "1", "--img_size", "4"]

@@ -195,7 +195,7 @@ def test_a_full_disk(cgan, refused, run):
 
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for limit, file in ((100_000, "checkpoint.pt"), (100, "checkpoint.pt")):
+    for limit, file in ((10_000, "checkpoint.pt"), (100, "checkpoint.pt")):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
         try:
             refused(
