@@ -313,7 +313,7 @@ def to_values(images: Tensor, binarize: bool) -> Tensor:
 
 @torch.no_grad()
 def test(model: PixelCNN, x: Tensor, labels: Tensor) -> dict[str, float]:
-    """-log p(x) of test values: nats per image, and bits per dimension, which is a pixel or a code."""
+    """-log p(x) of test values: nats per image, and bits per channel of a pixel or per code."""
     parts = zip(x.split(100), labels.split(100))
     log_p = torch.cat([model.log_prob(*part) for part in parts])
     nats = -log_p.mean().item()

@@ -4,18 +4,20 @@ The probability of an image x is a product over its positions in raster order, e
 
     log p(x)  =  sum over i of  log p(x_i | x_1, ..., x_(i-1))
 
-A convolutional network that sees no later position gives all the factors in one pass, so log p(x) is exact
-and is what training maximises; drawing takes one pass per position. The data decides what a factor is: for
-grey levels and colours a mixture of logistics, for black and white (--binarize) and for codes a softmax.
+A convolutional network that sees no later position computes all the factors in one pass. Training maximises
+their product, log p(x), which is exact. Drawing takes one pass per position. What a factor is depends on the
+data: for grey levels and colours a mixture of logistics, for black and white (--binarize) and for codes a
+softmax.
 
-PixelCNN++: Salimans et al. 2017, arXiv:1701.05517. Two streams without a blind spot, and the label as a
-bias: van den Oord et al. 2016, arXiv:1606.05328. Codes: van den Oord et al. 2017, arXiv:1711.00937.
-Averaged weights: Polyak & Juditsky 1992. Beyond these papers, each position has a bias of its own.
+PixelCNN++: Salimans et al. 2017, arXiv:1701.05517; the defaults are a small model. Two streams without a
+blind spot, and the label as a bias: van den Oord et al. 2016, arXiv:1606.05328. Codes: van den Oord et al.
+2017, arXiv:1711.00937. Averaged weights: Polyak & Juditsky 1992. Beyond these papers, each position has a
+bias of its own, which is added to the first features.
 
     python pixelcnnpp.py --conditional --n_epochs 20               # MNIST; built-in digits when offline
     python pixelcnnpp.py --dataset path/to/folder --img_size 32    # your images
     python pixelcnnpp.py --dataset runs/vqvae --out_dir runs/prior # the codes of a run of vqvae.py
-    python pixelcnnpp.py --resume runs/pixelcnnpp --generate 100 --labels 3 7
+    python pixelcnnpp.py --resume runs/pixelcnnpp --generate 100
 """
 
 # /// script
@@ -110,9 +112,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 # ---------------------------------------------------------------- mixture of logistics
 
-# For each of a pixel's 10 logistics the network gives a logit, which says how likely it is, a mean and a
-# log-scale for each of 1 or 3 channels, and for 3 channels alpha, beta and gamma of equation 3.
-SIZES = {1: [1, 1, 1, 0], 3: [1, 3, 3, 3]}
+# How many numbers the network gives for each of a pixel's 10 logistics, with 1 or 3 channels: a logit,
+# which says how likely it is; a mean and a log-scale for each channel; alpha, beta, gamma of equation 3.
+NUMBERS = {1: [1, 1, 1, 0], 3: [1, 3, 3, 3]}
 
 
 def logistics(out: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,7 +124,7 @@ def logistics(out: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     blue on its red and green (arXiv:1701.05517, equation 3).
     """
     out = out.unflatten(1, (10, -1))
-    logits, means, log_scales, coefficients = out.split(SIZES[x.shape[1]], dim=2)
+    logits, means, log_scales, coefficients = out.split(NUMBERS[x.shape[1]], dim=2)
     if x.shape[1] == 3:
         red, green, _ = x[:, None].unbind(2)
         alpha, beta, gamma = coefficients.tanh().unbind(2)
@@ -170,14 +172,14 @@ def draw_from_mixture(out: Tensor, channels: int) -> Tensor:
 
 
 def normed(conv: nn.Module, dim: int = 0) -> nn.Module:
-    """Give a convolution weight norm (arXiv:1602.07868), at first 1. dim: of its weights, the outputs."""
+    """Apply weight normalisation (arXiv:1602.07868), with all scales 1. dim: that of the weight's outputs."""
     weight_norm(conv, dim=dim)
     nn.init.ones_(conv.parametrizations.weight.original0)
     return conv
 
 
 def shifted_conv(n_in: int, n_out: int, kernel_size: tuple, padding: tuple, stride: int = 1) -> nn.Module:
-    """A convolution of what is padded on the left, right, top and bottom; negative padding cuts off."""
+    """A convolution of the zero-padded input. padding: left, right, top, bottom; a negative one cuts off."""
     conv = nn.Conv2d(n_in, n_out, kernel_size, stride)
     return nn.Sequential(nn.ZeroPad2d(padding), normed(conv))
 
@@ -190,10 +192,9 @@ def concat_elu(x: Tensor) -> Tensor:
 class GatedBlock(nn.Module):
     """Features x (N, dim, H, W) -> x + a * sigmoid(b), where two filters make a and b from x.
 
-    The filters are 2 high and see a position, the one to its left and what is above them; with a width of 3,
-    not 2, also the position to the right and what is above it. A 1x1 filter adds what other features
-    (N, n_other, H, W) say, if n_other > 0, and a label has a bias, if n_classes > 0.
-    resize: "halve" or "double" the height and width of x first, or "".
+    The filters see two rows, i - 1 and i: with width 2 the columns j - 1 and j, with width 3 also j + 1. A
+    1x1 filter adds what other features (N, n_other, H, W) say, if n_other > 0, and a label has a bias, if
+    n_classes > 0. resize: "halve" or "double" the height and width of x first, or "".
     """
 
     def __init__(self, width: int, resize: str, n_other: int, dim: int, dropout: float, n_classes: int):
@@ -201,6 +202,8 @@ class GatedBlock(nn.Module):
         kernel_size = (2, width)
         padding = (1, width - 2, 1, 0)  # left, right, top, bottom
         self.resize = nn.Identity()
+        # Row i of half the size sees the rows 2i - 1 and 2i, and is doubled to the rows 2i and 2i + 1: so no
+        # row sees a later one. For columns it is the same.
         if resize == "halve":
             self.resize = shifted_conv(dim, dim, kernel_size, padding, stride=2)
         if resize == "double":
@@ -232,8 +235,9 @@ class PixelCNNpp(nn.Module):
     before it: (N, n_out, H, W). x may be the first rows only, a multiple of 4.
 
     The network is figure 2 of arXiv:1701.05517. It has two streams of features: at each position, u sees the
-    rows above, and ul also what is to the left. Both go down to a half and a quarter of the size, through
-    n_layers blocks on each size, and up again, where each block gets the features of one on the way down.
+    rows above, and ul also what is to the left, as far as the filters reach. Both go down to a half and a
+    quarter of the size, through n_layers blocks on each size, and up again, where each block gets the
+    features of one on the way down.
     """
 
     def __init__(
@@ -259,7 +263,7 @@ class PixelCNNpp(nn.Module):
             self.embed = nn.Embedding(n_values, n_in)
         else:
             n_in = channels
-            n_out = 10 * sum(SIZES[channels])
+            n_out = 10 * sum(NUMBERS[channels])
         self.position_bias = nn.Parameter(torch.zeros(1, dim, size, size))
         # Row i of first_u sees the rows i - 3 to i - 1; column j of first_ul the columns j - 3 to j - 1.
         self.first_u = shifted_conv(n_in, dim, (3, 7), (3, 3, 3, -1))
@@ -323,7 +327,7 @@ class PixelCNNpp(nn.Module):
         """
         x = labels.new_zeros(len(labels), self.channels, self.size, self.size)
         for i in range(self.size):
-            n_rows = 4 * (i // 4 + 1)  # up to row i, as a multiple of 4
+            n_rows = 4 * (i // 4 + 1)  # up to row i; a multiple of 4, as they are halved twice
             for j in range(self.size):
                 out = self(x[:, :, :n_rows], labels)[:, :, i, j].float()
                 if not out.isfinite().all():
@@ -385,7 +389,7 @@ def to_values(images: Tensor, binarize: bool) -> Tensor:
 
 @torch.no_grad()
 def test(model: PixelCNNpp, x: Tensor, labels: Tensor) -> dict[str, float]:
-    """-log p(x) of test values: nats per image, and bits per dimension, which is a pixel or a code."""
+    """-log p(x) of test values: nats per image, and bits per channel of a pixel or per code."""
     parts = zip(x.split(100), labels.split(100))
     log_p = torch.cat([model.log_prob(*part) for part in parts])
     nats = -log_p.mean().item()
