@@ -2,17 +2,18 @@
 
 The generator G turns noise z and a label y into an image. The discriminator D scores how real an image
 looks for its label. D pushes the scores of real images towards 1 and those of G's fakes towards 0;
-G pushes the scores of its fakes towards 1 (least squares). Besides, D learns to classify real images, and G
-to have its fakes classified as their labels, with a small weight c of the cross-entropy H:
+G pushes the scores of its fakes towards 1 (least squares). D also learns to classify real images, and G to
+have its fakes classified as their labels: C(x) is what D takes the class of x for, H is the cross-entropy,
+and c is a small weight. Gaussian noise is added to every image that D sees.
 
-    D minimises    E[(D(x, y) - 1)^2] / 2  +  E[D(G(z, y), y)^2] / 2  +  c E[H(class of x, y)]
-    G minimises    E[(D(G(z, y), y) - 1)^2]  +  c E[H(class of G(z, y), y)]
+    D minimises    E[(D(x, y) - 1)^2] / 2  +  E[D(G(z, y), y)^2] / 2  +  c E[H(C(x), y)]
+    G minimises    E[(D(G(z, y), y) - 1)^2]  +  c E[H(C(G(z, y)), y)]
 
-Conditional GAN: Mirza & Osindero 2014, arXiv:1411.1784. Least squares: Mao et al. 2017,
-arXiv:1611.04076, equation 9, with twice the loss of G. Label in D: Miyato & Koyama 2018,
-arXiv:1802.05637. Classifier in D: Odena et al. 2017, arXiv:1610.09585. --arch conv: DCGAN, Radford et al.
-2015, arXiv:1511.06434. Noise on D's input: Sønderby et al. 2016, arXiv:1610.04490. Averaged weights:
-Yazici et al. 2019, arXiv:1806.04498.
+Conditional GAN: Mirza & Osindero 2014, arXiv:1411.1784. Least squares: Mao et al. 2017, arXiv:1611.04076,
+equation 9, with twice the loss of G. Label in D: Miyato & Koyama 2018, arXiv:1802.05637. Classifier in D:
+Odena et al. 2017, arXiv:1610.09585, but trained on real images only. --arch conv follows DCGAN, Radford et
+al. 2015, arXiv:1511.06434. Noise on D's input: Sønderby et al. 2016, arXiv:1610.04490. Averaged weights:
+Yazici et al. 2018, arXiv:1806.04498.
 
     python cgan.py --n_epochs 20                          # MNIST; built-in digits when offline
     python cgan.py --arch conv --dataset path/to/folder   # your images, one sub-folder per class
@@ -71,8 +72,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--conditioning", choices=["projection", "concat"], default="projection",
         help="how D sees the label: in its score, or as a channel of the image")  # fmt: skip
     add("--class_weight", type=number(float, 0), default=0.2,
-        help="c, the weight of the classification; 0 with --conditioning concat")  # fmt: skip
-    add("--hidden_dim", type=count, default=32, help="conv: channels at the finest level")
+        help="c, the weight of the classification; not used with --conditioning concat")  # fmt: skip
+    add("--hidden_dim", type=count, default=32, help="conv: channels of the layers next to the image")
     add("--latent_dim", type=count, default=100, help="size of z")
     add("--noise", type=number(float, 0), default=0.1, help="standard deviation of the noise on D's input")
     add("--ema", type=fraction, default=0.999, help="decay rate of G's averaged weights; 0: off")
@@ -83,7 +84,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--lr_hold", type=count, default=2000, help="steps at this rate; then it falls as 1/sqrt(step)")
     add("--b1", type=fraction, default=0.5, help="Adam: decay rate of the first moment")
     add("--b2", type=fraction, default=0.999, help="Adam: decay rate of the second moment")
-    add("--seed", type=number(int, 0), default=0, help="random seed, of the training or of --generate")
+    add("--seed", type=number(int, 0), default=0, help="seed; with --generate, another gives other images")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     add("--amp", action=ON_OFF, default=False, help="train in bfloat16; slower than float32 on some CPUs")
     add = p.add_argument_group("data").add_argument
@@ -100,14 +101,14 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--generate", type=count, metavar="N", help="with --resume: write N images instead of training")
     add("--labels", nargs="+", metavar="CLASS", help="with --generate: only of these classes")
     opt = parse_and_check(p, argv)
-    if opt.arch == "conv" and opt.img_size % 4:
-        p.error(f"--img_size {opt.img_size}: --arch conv needs a multiple of 4")
+    if opt.arch == "conv" and (opt.img_size % 4 or opt.img_size < 8):
+        p.error(f"--img_size {opt.img_size}: --arch conv needs a multiple of 4, at least 8")
     if opt.conditioning == "concat":
         opt.class_weight = 0.0  # D sees the label, so there is nothing to classify
     if opt.labels and not opt.generate:
         p.error("--labels needs --generate N")
     for name in opt.labels or []:
-        if name not in opt.classes:
+        if name not in opt.classes:  # which are those of the run
             p.error(f"--labels {name}: the classes are {shorten(', '.join(opt.classes), 400)}")
     return opt
 
@@ -146,6 +147,7 @@ class Generator(nn.Module):
                 layers = up + layers
                 n_in, n_out = 2 * n_in, n_in
                 side //= 2
+            # Now n_out and side are those of the coarsest level.
             first = [nn.Linear(z_dim, n_out * side**2), nn.Unflatten(1, (n_out, side, side))]
             self.net = nn.Sequential(*first, *layers)
 
@@ -158,7 +160,8 @@ class Discriminator(nn.Module):
 
     With conditioning "projection" the score is w.h(x) + e(y).h(x), for the features h of the image and
     an embedding e of the label; with "concat" the label is embedded as one more channel of the image.
-    The class logits (N, n_classes), which say which class D takes the image for, are linear in h, too.
+    The class logits (N, n_classes), which say which class D takes the image for, are linear in h, too; with
+    "concat", where h knows the label, they are not trained.
 
     --arch conv halves the side of the images at each level and doubles the channels, from hidden_dim.
     """
@@ -207,7 +210,7 @@ class Discriminator(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if self.training:
-            # Without noise, D would recognise fake digits by their background, which is never quite black.
+            # Without it D could tell fakes by details: tanh never reaches the black of a digit's background.
             images = images + self.noise * torch.randn_like(images)
         embedding = self.embed(labels)
         if self.conditioning == "concat":
@@ -269,7 +272,7 @@ def train(opt: Namespace) -> Path:
             y = y[RANK::WORLD]  # fakes get the same labels: each class is as frequent in both
             z = torch.randn(len(real), opt.latent_dim, device=device)
 
-            # generator
+            # generator: first, so that the same fakes serve both steps
             D.requires_grad_(False)
             with autocast:
                 fake = G(z, y)
@@ -363,7 +366,7 @@ def number(kind: type, low: float, below: float = 1e18) -> Callable[[str], float
     def parse(text: str) -> float:
         value = kind(text)
         if not low <= value < below:  # so nan is refused, too
-            raise argparse.ArgumentTypeError(f"{text} is not at least {low:g} and less than {below:g}")
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {low:g} and less than {below:g}")
         return value
 
     parse.__name__ = kind.__name__  # argparse says "invalid int value"
@@ -390,7 +393,7 @@ def parse_and_check(p: ArgumentParser, argv: list[str] | None) -> Namespace:
         p.error(f"--{uses[0]} runs in one process, without torchrun")
     if opt.resume is not None:
         saved = read_checkpoint(opt.resume)["options"]
-        p.set_defaults(**saved)  # for what argv leaves out; and the classes
+        p.set_defaults(**saved)  # for what argv leaves out; and the classes, which train() has added
         opt = p.parse_args(argv)
         for name, value in vars(opt).items():
             may_change = name in MAY_CHANGE | USES or (uses and name == "seed")
@@ -415,7 +418,7 @@ def find_device(name: str) -> torch.device:
         if WORLD > 1 and device.type != "cpu":
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
             device = torch.device(device.type)  # the one of that index
-        # 32 MB: once freed, glibc keeps as much memory from step to step, which makes steps faster.
+        # Tries the device. And once 32 MB are freed, glibc keeps as much for later steps: faster on a CPU.
         torch.zeros(8_000_000, device=device)[0].item()
     except (RuntimeError, AssertionError, ImportError) as e:
         raise InputError(f"--device {name} does not work here ({e}); --device cpu does") from e

@@ -2,14 +2,20 @@
 
 The generator G turns noise z into an image. The discriminator D gives the log-odds (logit) that an image
 is real. D learns to tell real images from G's fakes; G learns to have its fakes taken for real, by the
-non-saturating loss, whose gradient does not vanish while D wins:
+non-saturating loss, whose gradient stays large while D rejects the fakes:
 
     D maximises    E[log sigmoid(D(x))]  +  E[log(1 - sigmoid(D(G(z))))]
     G maximises    E[log sigmoid(D(G(z)))]
 
-GAN: Goodfellow et al. 2014, arXiv:1406.2661, equation 1 and section 3. --arch conv: DCGAN, Radford et al.
-2015, arXiv:1511.06434. Spread of a batch: Karras et al. 2018, arXiv:1710.10196, section 3. Noise on D's
-input: Sønderby et al. 2016, arXiv:1610.04490. Averaged weights: Yazici et al. 2019, arXiv:1806.04498.
+In the log, d_loss is minus half the first and g_loss minus the second: 0.69 is that of a D that cannot tell.
+
+GAN: Goodfellow et al. 2014, arXiv:1406.2661, equation 1 and section 3. --arch conv follows DCGAN, Radford et
+al. 2015, arXiv:1511.06434, but for the last layers of D and the initial weights.
+
+Three additions make the training more stable. D sees how much its features vary in the batch (Karras et al.
+2017, arXiv:1710.10196, section 3). Gaussian noise is added to D's input (Sønderby et al. 2016,
+arXiv:1610.04490; --noise 0: none). Samples come from a moving average of G's weights (Yazici et al. 2018,
+arXiv:1806.04498; --ema 0: from G itself).
 
     python gan.py --n_epochs 20                          # MNIST; built-in digits when offline
     python gan.py --arch conv --dataset path/to/folder   # your images
@@ -65,7 +71,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     p = ArgumentParser(usage="%(prog)s [options]", description=__doc__, formatter_class=Help)
     add = p.add_argument_group("model").add_argument
     add("--arch", choices=["mlp", "conv"], default="mlp", help="fully connected or convolutional")
-    add("--hidden_dim", type=count, default=32, help="conv: channels at the finest level")
+    add("--hidden_dim", type=count, default=32, help="conv: channels of the layers next to the image")
     add("--latent_dim", type=count, default=100, help="size of z")
     add("--noise", type=number(float, 0), default=0.1, help="standard deviation of the noise on D's input")
     add("--ema", type=fraction, default=0.999, help="decay rate of G's averaged weights; 0: off")
@@ -76,7 +82,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--lr_hold", type=count, default=8000, help="steps at this rate; then it falls as 1/sqrt(step)")
     add("--b1", type=fraction, default=0.5, help="Adam: decay rate of the first moment")
     add("--b2", type=fraction, default=0.999, help="Adam: decay rate of the second moment")
-    add("--seed", type=number(int, 0), default=0, help="random seed, of the training or of --generate")
+    add("--seed", type=number(int, 0), default=0, help="seed; with --generate, another gives other images")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     add("--amp", action=ON_OFF, default=False, help="train in bfloat16; slower than float32 on some CPUs")
     add = p.add_argument_group("data").add_argument
@@ -91,8 +97,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--resume", metavar="RUN", help="continue the run in this folder, with its options")
     add("--generate", type=count, metavar="N", help="with --resume: write N images instead of training")
     opt = parse_and_check(p, argv)
-    if opt.arch == "conv" and opt.img_size % 4:
-        p.error(f"--img_size {opt.img_size}: --arch conv needs a multiple of 4")
+    if opt.arch == "conv" and (opt.img_size % 4 or opt.img_size < 8):
+        p.error(f"--img_size {opt.img_size}: --arch conv needs a multiple of 4, at least 8")
     return opt
 
 
@@ -126,6 +132,7 @@ class Generator(nn.Module):
                 layers = up + layers
                 n_in, n_out = 2 * n_in, n_in
                 side //= 2
+            # Now n_out and side are those of the coarsest level.
             first = [nn.Linear(latent_dim, n_out * side**2), nn.Unflatten(1, (n_out, side, side))]
             self.net = nn.Sequential(*first, *layers)
 
@@ -136,6 +143,7 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Images (N, channels, img_size, img_size) in [-1, 1] -> logits (N, 1): the log-odds of being real.
 
+    A logit also depends on the other images of the batch: give real images and fakes in batches of their own.
     --arch conv halves the side of the images at each level and doubles the channels, from hidden_dim.
     """
 
@@ -164,11 +172,11 @@ class Discriminator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if self.training:
-            # Without noise, D would recognise fake digits by their background, which is never quite black.
+            # Without it D could tell fakes by details: tanh never reaches the black of a digit's background.
             images = images + self.noise * torch.randn_like(images)
         h = self.features(images)
-        # How much the features vary in the batch, one number for all its images: by it D recognises a G
-        # that draws the same few images again and again.
+        # One number for the whole batch: how much the features vary. It tells D when G draws nearly the same
+        # few images again and again.
         spread = h.std(dim=0, correction=0).mean()
         return self.score(torch.cat([h, spread.expand(len(h), 1)], dim=1))
 
@@ -214,7 +222,7 @@ def train(opt: Namespace) -> Path:
             real = real[RANK::WORLD] / 127.5 - 1  # from 0..255 to [-1, 1]
             z = torch.randn(len(real), opt.latent_dim, device=device)
 
-            # generator
+            # generator: first, so that the same fakes serve both steps
             D.requires_grad_(False)
             with autocast:
                 fake = G(z)
@@ -302,7 +310,7 @@ def number(kind: type, low: float, below: float = 1e18) -> Callable[[str], float
     def parse(text: str) -> float:
         value = kind(text)
         if not low <= value < below:  # so nan is refused, too
-            raise argparse.ArgumentTypeError(f"{text} is not at least {low:g} and less than {below:g}")
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {low:g} and less than {below:g}")
         return value
 
     parse.__name__ = kind.__name__  # argparse says "invalid int value"
@@ -329,7 +337,7 @@ def parse_and_check(p: ArgumentParser, argv: list[str] | None) -> Namespace:
         p.error(f"--{uses[0]} runs in one process, without torchrun")
     if opt.resume is not None:
         saved = read_checkpoint(opt.resume)["options"]
-        p.set_defaults(**saved)  # for what argv leaves out; and the classes
+        p.set_defaults(**saved)  # for what argv leaves out; and the classes, which train() has added
         opt = p.parse_args(argv)
         for name, value in vars(opt).items():
             may_change = name in MAY_CHANGE | USES or (uses and name == "seed")
@@ -354,7 +362,7 @@ def find_device(name: str) -> torch.device:
         if WORLD > 1 and device.type != "cpu":
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
             device = torch.device(device.type)  # the one of that index
-        # 32 MB: once freed, glibc keeps as much memory from step to step, which makes steps faster.
+        # Tries the device. And once 32 MB are freed, glibc keeps as much for later steps: faster on a CPU.
         torch.zeros(8_000_000, device=device)[0].item()
     except (RuntimeError, AssertionError, ImportError) as e:
         raise InputError(f"--device {name} does not work here ({e}); --device cpu does") from e

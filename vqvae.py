@@ -95,7 +95,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--lr", type=positive, default=1e-3, help="Adam: learning rate")
     add("--b1", type=fraction, default=0.9, help="Adam: decay rate of the first moment")
     add("--b2", type=fraction, default=0.999, help="Adam: decay rate of the second moment")
-    add("--seed", type=number(int, 0), default=0, help="random seed, of the training or of --generate")
+    add("--seed", type=number(int, 0), default=0, help="seed; with --generate, another gives other images")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     add("--amp", action=ON_OFF, default=False, help="train in bfloat16; slower than float32 on some CPUs")
     add = p.add_argument_group("data").add_argument
@@ -444,7 +444,7 @@ def number(kind: type, low: float, below: float = 1e18) -> Callable[[str], float
     def parse(text: str) -> float:
         value = kind(text)
         if not low <= value < below:  # so nan is refused, too
-            raise argparse.ArgumentTypeError(f"{text} is not at least {low:g} and less than {below:g}")
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {low:g} and less than {below:g}")
         return value
 
     parse.__name__ = kind.__name__  # argparse says "invalid int value"
@@ -471,7 +471,7 @@ def parse_and_check(p: ArgumentParser, argv: list[str] | None) -> Namespace:
         p.error(f"--{uses[0]} runs in one process, without torchrun")
     if opt.resume is not None:
         saved = read_checkpoint(opt.resume)["options"]
-        p.set_defaults(**saved)  # for what argv leaves out; and the classes
+        p.set_defaults(**saved)  # for what argv leaves out; and the classes, which train() has added
         opt = p.parse_args(argv)
         for name, value in vars(opt).items():
             may_change = name in MAY_CHANGE | USES or (uses and name == "seed")
@@ -496,7 +496,7 @@ def find_device(name: str) -> torch.device:
         if WORLD > 1 and device.type != "cpu":
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
             device = torch.device(device.type)  # the one of that index
-        # 32 MB: once freed, glibc keeps as much memory from step to step, which makes steps faster.
+        # Tries the device. And once 32 MB are freed, glibc keeps as much for later steps: faster on a CPU.
         torch.zeros(8_000_000, device=device)[0].item()
     except (RuntimeError, AssertionError, ImportError) as e:
         raise InputError(f"--device {name} does not work here ({e}); --device cpu does") from e
