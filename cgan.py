@@ -3,7 +3,7 @@
 The generator G turns noise z and a label y into an image. The discriminator D scores how real an image
 looks for its label. D pushes the scores of real images towards 1 and those of G's fakes towards 0;
 G pushes the scores of its fakes towards 1 (least squares). D also learns to classify real images, and G to
-have its fakes classified as their labels: C(x) is what D takes the class of x for, H is the cross-entropy,
+have its fakes classified as their labels: C(x) is what D predicts for the class of x, H is the cross-entropy,
 and c is a small weight. Gaussian noise is added to every image that D sees.
 
     D minimises    E[(D(x, y) - 1)^2] / 2  +  E[D(G(z, y), y)^2] / 2  +  c E[H(C(x), y)]
@@ -90,7 +90,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add = p.add_argument_group("data").add_argument
     add("--dataset", help="mnist (if not given), fashion_mnist, cifar10, digits or a folder of images")
     add("--data_dir", default="data", help="folder for downloaded data sets")
-    add("--img_size", type=count, default=32, help="side of the images in pixels; conv: a multiple of 4")
+    add("--img_size", type=count, default=32, help="side of the images in pixels; conv: 8, 12, 16, ...")
     add("--channels", type=int, choices=[1, 3], help="1: grey, 3: colour (default: the data's; a folder: 3)")
     add("--n_classes", type=count, help="stop if the data does not have this many classes")
     add("--n_cpu", type=count, default=8, help="threads that read the images of a folder")
@@ -103,8 +103,6 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     opt = parse_and_check(p, argv)
     if opt.arch == "conv" and (opt.img_size % 4 or opt.img_size < 8):
         p.error(f"--img_size {opt.img_size}: --arch conv needs a multiple of 4, at least 8")
-    if opt.conditioning == "concat":
-        opt.class_weight = 0.0  # D sees the label, so there is nothing to classify
     if opt.labels and not opt.generate:
         p.error("--labels needs --generate N")
     for name in opt.labels or []:
@@ -252,6 +250,8 @@ def train(opt: Namespace) -> Path:
     betas = (opt.b1, opt.b2)
     optimizer_G = torch.optim.Adam(G.parameters(), opt.lr, betas, fused=True)
     optimizer_D = torch.optim.Adam(D.parameters(), opt.lr, betas, fused=True)
+    # With concat, D sees the label, so that there is nothing to classify.
+    class_weight = opt.class_weight if opt.conditioning == "projection" else 0.0
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=opt.amp)
 
     # Column k of a sample grid is class k, for at most 10 classes; the images of a row share their z.
@@ -272,13 +272,13 @@ def train(opt: Namespace) -> Path:
             y = y[RANK::WORLD]  # fakes get the same labels: each class is as frequent in both
             z = torch.randn(len(real), opt.latent_dim, device=device)
 
-            # generator: first, so that the same fakes serve both steps
+            # generator; its fakes serve the discriminator's step, too
             D.requires_grad_(False)
             with autocast:
                 fake = G(z, y)
                 fake_scores, fake_logits = D(fake, y)
             g_loss = (fake_scores.float() - 1).square().mean()
-            g_loss = g_loss + opt.class_weight * cross_entropy(fake_logits.float(), y)
+            g_loss = g_loss + class_weight * cross_entropy(fake_logits.float(), y)
             optimizer_G.zero_grad()
             g_loss.backward()
             average_gradients(G)
@@ -292,7 +292,7 @@ def train(opt: Namespace) -> Path:
             real_loss = (real_scores.float() - 1).square().mean()
             fake_loss = fake_scores.float().square().mean()
             class_loss = cross_entropy(real_logits.float(), y)
-            d_loss = (real_loss + fake_loss) / 2 + opt.class_weight * class_loss
+            d_loss = (real_loss + fake_loss) / 2 + class_weight * class_loss
             optimizer_D.zero_grad()
             d_loss.backward()
             average_gradients(D)
@@ -350,7 +350,7 @@ def generate(opt: Namespace) -> Path:
 
 
 class InputError(OSError):
-    """Something that the user can put right. As any OSError, it is told in one line, without a traceback."""
+    """Something that the user can put right. Like any OSError, it is reported in one line."""
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -474,8 +474,8 @@ NAMED = ["digits", *TORCHVISION]
 def load_data(opt: Namespace, train: bool = True) -> tuple[Tensor, Tensor, list[str]]:
     """Images, uint8 (N, channels, img_size, img_size), labels (N,) and the names of the classes.
 
-    A named data set has training and test images; of a folder, these are all images. Sets opt.dataset if
-    it is None. Raises InputError if there is no such data, or if it is damaged.
+    A named data set has separate training and test images; of a folder, all images are returned. Sets
+    opt.dataset if it is None. Raises InputError if there is no such data, or if it is damaged.
     """
     if opt.dataset is None:
         opt.dataset = "mnist"
@@ -564,7 +564,7 @@ def load_folder(opt: Namespace) -> tuple[Tensor, Tensor, list[str]]:
     names = ["all" if n_loose else file.relative_to(root).parts[0] for file in files]
     classes = sorted(set(names))
     if not n_loose and SPLITS.issuperset(name.lower() for name in classes):
-        raise InputError(f'"{root}" holds {", ".join(classes)}, not classes: give one of them')
+        raise InputError(f'"{root}" holds {", ".join(classes)}, not classes: give the path of one of them')
 
     channels = opt.channels or 3
     images = torch.empty(len(files), channels, opt.img_size, opt.img_size, dtype=torch.uint8)
@@ -638,7 +638,7 @@ def make_loader(images: Tensor, labels: Tensor, batch_size: int) -> DataLoader:
 
 # ---------------------------------------------------------------- runs
 
-CHECKPOINT_SECONDS = 30  # between checkpoints: a stop loses at most so much work
+CHECKPOINT_SECONDS = 30  # between checkpoints: a stop loses at most this much work
 
 
 class Run:

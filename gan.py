@@ -88,7 +88,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add = p.add_argument_group("data").add_argument
     add("--dataset", help="mnist (if not given), fashion_mnist, cifar10, digits or a folder of images")
     add("--data_dir", default="data", help="folder for downloaded data sets")
-    add("--img_size", type=count, default=32, help="side of the images in pixels; conv: a multiple of 4")
+    add("--img_size", type=count, default=32, help="side of the images in pixels; conv: 8, 12, 16, ...")
     add("--channels", type=int, choices=[1, 3], help="1: grey, 3: colour (default: the data's; a folder: 3)")
     add("--n_cpu", type=count, default=8, help="threads that read the images of a folder")
     add = p.add_argument_group("run").add_argument
@@ -222,7 +222,7 @@ def train(opt: Namespace) -> Path:
             real = real[RANK::WORLD] / 127.5 - 1  # from 0..255 to [-1, 1]
             z = torch.randn(len(real), opt.latent_dim, device=device)
 
-            # generator: first, so that the same fakes serve both steps
+            # generator; its fakes serve the discriminator's step, too
             D.requires_grad_(False)
             with autocast:
                 fake = G(z)
@@ -294,7 +294,7 @@ def generate(opt: Namespace) -> Path:
 
 
 class InputError(OSError):
-    """Something that the user can put right. As any OSError, it is told in one line, without a traceback."""
+    """Something that the user can put right. Like any OSError, it is reported in one line."""
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -418,8 +418,8 @@ NAMED = ["digits", *TORCHVISION]
 def load_data(opt: Namespace, train: bool = True) -> tuple[Tensor, Tensor, list[str]]:
     """Images, uint8 (N, channels, img_size, img_size), labels (N,) and the names of the classes.
 
-    A named data set has training and test images; of a folder, these are all images. Sets opt.dataset if
-    it is None. Raises InputError if there is no such data, or if it is damaged.
+    A named data set has separate training and test images; of a folder, all images are returned. Sets
+    opt.dataset if it is None. Raises InputError if there is no such data, or if it is damaged.
     """
     if opt.dataset is None:
         opt.dataset = "mnist"
@@ -508,7 +508,7 @@ def load_folder(opt: Namespace) -> tuple[Tensor, Tensor, list[str]]:
     names = ["all" if n_loose else file.relative_to(root).parts[0] for file in files]
     classes = sorted(set(names))
     if not n_loose and SPLITS.issuperset(name.lower() for name in classes):
-        raise InputError(f'"{root}" holds {", ".join(classes)}, not classes: give one of them')
+        raise InputError(f'"{root}" holds {", ".join(classes)}, not classes: give the path of one of them')
 
     channels = opt.channels or 3
     images = torch.empty(len(files), channels, opt.img_size, opt.img_size, dtype=torch.uint8)
@@ -582,7 +582,7 @@ def make_loader(images: Tensor, labels: Tensor, batch_size: int) -> DataLoader:
 
 # ---------------------------------------------------------------- runs
 
-CHECKPOINT_SECONDS = 30  # between checkpoints: a stop loses at most so much work
+CHECKPOINT_SECONDS = 30  # between checkpoints: a stop loses at most this much work
 
 
 class Run:

@@ -1,9 +1,9 @@
 """PixelCNN: draws images, or the codes of a vqvae.py run, one position after the other.
 
 The probability of an image x is exact: a product over its positions, row by row from the top left, of the
-probability of each value given those before it. A convolutional network whose filters see neither the
-position itself nor a later one gives all factors in one pass. Training maximises their product. Drawing
-takes one pass per position.
+probability of each value given those before it. A convolutional network whose output at a position depends
+neither on the value there nor on a later one gives all factors in one pass. Training maximises their
+product. Drawing takes one pass per position.
 
     minimised:    -log p(x) = -sum_i log p(x_i | x_1, ..., x_{i-1})    in nats per image
 
@@ -93,14 +93,14 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         "or a run of vqvae.py; images become grey")  # fmt: skip
     add("--data_dir", default="data", help="folder for downloaded data sets")
     add("--img_size", type=count, default=28, help="side of the images in pixels; codes have their own")
-    add("--binarize", action=ON_OFF, default=False, help="draw black and white pixels by their grey levels")
+    add("--binarize", action=ON_OFF, default=False, help="make each pixel black or white, at random")
     add("--n_cpu", type=count, default=8, help="threads that read the images of a folder")
     add = p.add_argument_group("run").add_argument
     add("--out_dir", default=f"runs/{SCRIPT}", help="folder of a new run; if it exists, a number is added")
     add("--sample_interval", type=count, default=4000, help="steps between tests, sample grids and log rows")
     add("--resume", metavar="RUN", help="continue the run in this folder, with its options")
     add("--generate", type=count, metavar="N", help="with --resume: write N images instead of training")
-    p.set_defaults(channels=1, codes_hash=None)  # no options: images are grey; load_codes() sets the hash
+    p.set_defaults(channels=1, codes_hash=None)  # not typed: images are grey; load_codes() sets the hash
     return parse_and_check(p, argv)
 
 
@@ -111,7 +111,7 @@ class PixelCNN(nn.Module):
     """What both networks share: the probability p(x) of values x (N, 1, size, size), int64, below n_values.
 
     network(x, labels) gives the logits (N, n_values, H, W) of the value at each position, given those before
-    it; x may be the first rows only. Labels (N,) are needed if n_classes > 0: then it is p(x | label).
+    it; x may be the first rows only. Labels (N,) are used only if n_classes > 0: then it is p(x | label).
     """
 
     def __init__(self, n_values: int, size: int, hidden_dim: int):
@@ -155,8 +155,8 @@ class PixelCNN(nn.Module):
                 x[:, :, i, j] = torch.multinomial(logits.softmax(dim=1), 1)
         return x
 
-    def start_row(self, x: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor] | None]:
-        """What forward() needs, for all positions of the last row of x alike, to give that row's logits."""
+    def start_row(self, x: Tensor, labels: Tensor) -> tuple[Tensor, None]:
+        """The x and above with which forward() gives the logits of the last row of x, at any position."""
         return x, None
 
 
@@ -191,7 +191,7 @@ class MaskedPixelCNN(PixelCNN):
                 nn.ReLU(), nn.Conv2d(half, hidden_dim, 1),
             ))  # fmt: skip
 
-    def forward(self, x: Tensor, labels: Tensor, above: None = None) -> Tensor:
+    def forward(self, x: Tensor, labels: Tensor, above=None) -> Tensor:
         """above is not used: drawing, too, starts from all rows."""
         e = self.embed(x[:, 0]).movedim(-1, 1)
         h = add_bias(self.first(e), self.label_bias, labels) + self.position_bias[:, :, : x.shape[2]]
@@ -214,7 +214,7 @@ class GatedPixelCNN(PixelCNN):
         self.layers = nn.ModuleList(GatedLayer(hidden_dim, n_classes) for _ in range(n_layers))
 
     def forward(self, x: Tensor, labels: Tensor, above: list[Tensor] | None = None) -> Tensor:
-        """above: the output of vertical(), if it is known. When drawing, both are of the last row only."""
+        """above: the output of vertical(), if it is known. See start_row(): x may then be one row."""
         e = self.embed(x[:, 0]).movedim(-1, 1)
         h = self.first_horizontal(F.pad(e[..., :-1], (3, 0)))  # column j sees columns j - 3 to j - 1
         for layer, from_above in zip(self.layers, above or self.vertical(x, labels)):
@@ -313,7 +313,7 @@ def to_values(images: Tensor, binarize: bool) -> Tensor:
 
 @torch.no_grad()
 def test(model: PixelCNN, x: Tensor, labels: Tensor) -> dict[str, float]:
-    """-log p(x) of test values: nats per image, and bits per channel of a pixel or per code."""
+    """-log p(x) of test values: nats per image, and bits per pixel (and channel) or per code."""
     parts = zip(x.split(100), labels.split(100))
     log_p = torch.cat([model.log_prob(*part) for part in parts])
     nats = -log_p.mean().item()
@@ -326,7 +326,8 @@ def train(opt: Namespace) -> Path:
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group()
     device = find_device(opt.device)
-    if opt.codes_hash or (opt.dataset and Path(opt.dataset, "checkpoint.pt").exists()):
+    is_folder = opt.dataset and opt.dataset not in NAMED
+    if opt.codes_hash or (is_folder and Path(opt.dataset, "checkpoint.pt").exists()):
         images, labels, test_images, test_labels = load_codes(opt)
     else:
         # For data of your own, replace this line. Images are uint8 (N, 1, img_size, img_size), labels
@@ -398,7 +399,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> PixelCNN:
 
     model.log_prob(x, labels) is log p(x) in nats, model.sample(labels) draws x, and model.images(x) makes
     images of x, values (N, 1, H, W) of type int64 below model.n_values. Label k is the class
-    model.options.classes[k]; without --conditional only their number matters.
+    model.options.classes[k]; without --conditional only the number of labels matters.
     Raises InputError if the folder is not that of a run of this script.
     """
     state = read_checkpoint(folder)
@@ -426,8 +427,7 @@ def generate(opt: Namespace) -> Path:
             with replacing(place / f"{n_drawn:06}.png") as file:
                 save_image(image, file)
             n_drawn += 1
-        say(f"{n_drawn} of {opt.generate} images")
-    say(f'{opt.generate} images in "{folder}"')
+        say(f'{n_drawn} of {opt.generate} images in "{folder}"')
     return folder
 
 
@@ -437,7 +437,7 @@ def generate(opt: Namespace) -> Path:
 
 
 class InputError(OSError):
-    """Something that the user can put right. As any OSError, it is told in one line, without a traceback."""
+    """Something that the user can put right. Like any OSError, it is reported in one line."""
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -561,8 +561,8 @@ NAMED = ["digits", *TORCHVISION]
 def load_data(opt: Namespace, train: bool = True) -> tuple[Tensor, Tensor, list[str]]:
     """Images, uint8 (N, channels, img_size, img_size), labels (N,) and the names of the classes.
 
-    A named data set has training and test images; of a folder, these are all images. Sets opt.dataset if
-    it is None. Raises InputError if there is no such data, or if it is damaged.
+    A named data set has separate training and test images; of a folder, all images are returned. Sets
+    opt.dataset if it is None. Raises InputError if there is no such data, or if it is damaged.
     """
     if opt.dataset is None:
         opt.dataset = "mnist"
@@ -651,7 +651,7 @@ def load_folder(opt: Namespace) -> tuple[Tensor, Tensor, list[str]]:
     names = ["all" if n_loose else file.relative_to(root).parts[0] for file in files]
     classes = sorted(set(names))
     if not n_loose and SPLITS.issuperset(name.lower() for name in classes):
-        raise InputError(f'"{root}" holds {", ".join(classes)}, not classes: give one of them')
+        raise InputError(f'"{root}" holds {", ".join(classes)}, not classes: give the path of one of them')
 
     channels = opt.channels or 3
     images = torch.empty(len(files), channels, opt.img_size, opt.img_size, dtype=torch.uint8)
@@ -725,7 +725,7 @@ def make_loader(images: Tensor, labels: Tensor, batch_size: int) -> DataLoader:
 
 # ---------------------------------------------------------------- runs
 
-CHECKPOINT_SECONDS = 30  # between checkpoints: a stop loses at most so much work
+CHECKPOINT_SECONDS = 30  # between checkpoints: a stop loses at most this much work
 
 
 class Run:

@@ -96,7 +96,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--img_size", type=count, default=28,
         help="side of the images in pixels, a multiple of 4; codes have their own")  # fmt: skip
     add("--channels", type=int, choices=[1, 3], help="1: grey, 3: colour (default: the data's; a folder: 3)")
-    add("--binarize", action=ON_OFF, default=False, help="draw black and white pixels by their grey levels")
+    add("--binarize", action=ON_OFF, default=False, help="make each pixel black or white, at random")
     add("--n_cpu", type=count, default=8, help="threads that read the images of a folder")
     add = p.add_argument_group("run").add_argument
     add("--out_dir", default=f"runs/{SCRIPT}", help="folder of a new run; if it exists, a number is added")
@@ -230,9 +230,9 @@ class PixelCNNpp(nn.Module):
     """The probability p(x) of values x (N, channels, size, size), int64; size is a multiple of 4.
 
     With softmax=True x has 1 channel of values from 0 to n_values - 1; otherwise 1 or 3 channels, n_values is
-    256, and a mixture of logistics takes the softmax's place. Labels (N,) are needed if n_classes > 0: then
-    it is p(x | label). network(x, labels) gives what softmax or mixture need at each position, given those
-    before it: (N, n_out, H, W). x may be the first rows only, a multiple of 4.
+    256, and a mixture of logistics takes the softmax's place. Labels (N,) are used only if n_classes > 0:
+    then the model is p(x | label). network(x, labels) gives what softmax or mixture need at each position,
+    given those before it: (N, n_out, H, W). x may be the first rows only, a multiple of 4.
 
     The network is figure 2 of arXiv:1701.05517. It has two streams of features: at each position, u sees the
     rows above, and ul also what is to the left, as far as the filters reach. Both go down to a half and a
@@ -389,7 +389,7 @@ def to_values(images: Tensor, binarize: bool) -> Tensor:
 
 @torch.no_grad()
 def test(model: PixelCNNpp, x: Tensor, labels: Tensor) -> dict[str, float]:
-    """-log p(x) of test values: nats per image, and bits per channel of a pixel or per code."""
+    """-log p(x) of test values: nats per image, and bits per pixel (and channel) or per code."""
     parts = zip(x.split(100), labels.split(100))
     log_p = torch.cat([model.log_prob(*part) for part in parts])
     nats = -log_p.mean().item()
@@ -402,7 +402,8 @@ def train(opt: Namespace) -> Path:
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group()
     device = find_device(opt.device)
-    if opt.codes_hash or (opt.dataset and Path(opt.dataset, "checkpoint.pt").exists()):
+    is_folder = opt.dataset and opt.dataset not in NAMED
+    if opt.codes_hash or (is_folder and Path(opt.dataset, "checkpoint.pt").exists()):
         images, labels, test_images, test_labels = load_codes(opt)
     else:
         # For data of your own, replace this line. Images are uint8 (N, channels, img_size, img_size), labels
@@ -481,7 +482,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> PixelCNNpp:
 
     model.log_prob(x, labels) is log p(x) in nats, model.sample(labels) draws x, and model.images(x) makes
     images of x, values (N, channels, size, size) of type int64. Label k is the class
-    model.options.classes[k]; without --conditional only their number matters.
+    model.options.classes[k]; without --conditional only the number of labels matters.
     Raises InputError if the folder is not that of a run of this script.
     """
     state = read_checkpoint(folder)
@@ -509,8 +510,7 @@ def generate(opt: Namespace) -> Path:
             with replacing(place / f"{n_drawn:06}.png") as file:
                 save_image(image, file)
             n_drawn += 1
-        say(f"{n_drawn} of {opt.generate} images")
-    say(f'{opt.generate} images in "{folder}"')
+        say(f'{n_drawn} of {opt.generate} images in "{folder}"')
     return folder
 
 
@@ -520,7 +520,7 @@ def generate(opt: Namespace) -> Path:
 
 
 class InputError(OSError):
-    """Something that the user can put right. As any OSError, it is told in one line, without a traceback."""
+    """Something that the user can put right. Like any OSError, it is reported in one line."""
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -644,8 +644,8 @@ NAMED = ["digits", *TORCHVISION]
 def load_data(opt: Namespace, train: bool = True) -> tuple[Tensor, Tensor, list[str]]:
     """Images, uint8 (N, channels, img_size, img_size), labels (N,) and the names of the classes.
 
-    A named data set has training and test images; of a folder, these are all images. Sets opt.dataset if
-    it is None. Raises InputError if there is no such data, or if it is damaged.
+    A named data set has separate training and test images; of a folder, all images are returned. Sets
+    opt.dataset if it is None. Raises InputError if there is no such data, or if it is damaged.
     """
     if opt.dataset is None:
         opt.dataset = "mnist"
@@ -734,7 +734,7 @@ def load_folder(opt: Namespace) -> tuple[Tensor, Tensor, list[str]]:
     names = ["all" if n_loose else file.relative_to(root).parts[0] for file in files]
     classes = sorted(set(names))
     if not n_loose and SPLITS.issuperset(name.lower() for name in classes):
-        raise InputError(f'"{root}" holds {", ".join(classes)}, not classes: give one of them')
+        raise InputError(f'"{root}" holds {", ".join(classes)}, not classes: give the path of one of them')
 
     channels = opt.channels or 3
     images = torch.empty(len(files), channels, opt.img_size, opt.img_size, dtype=torch.uint8)
@@ -808,7 +808,7 @@ def make_loader(images: Tensor, labels: Tensor, batch_size: int) -> DataLoader:
 
 # ---------------------------------------------------------------- runs
 
-CHECKPOINT_SECONDS = 30  # between checkpoints: a stop loses at most so much work
+CHECKPOINT_SECONDS = 30  # between checkpoints: a stop loses at most this much work
 
 
 class Run:

@@ -7,8 +7,9 @@ image, with the prior p(z) = N(0, 1):
     log p(x)  >=  ELBO  =  E_q[log p(x|z)] - KL(q(z|x) || p(z))
 
 E_q is estimated with one sample of z per image. --beta weights the KL; if it is not 1, the training
-objective is no longer the ELBO, but the log still reports the ELBO. With --conditional everything is given
-the label, log p(x|label) included. What the ELBO bounds depends on the likelihood, and on the image size:
+objective is no longer the ELBO, but the log still reports the ELBO. With --conditional, encoder and decoder
+are given the label, and the ELBO bounds log p(x|label). What this is depends on the likelihood, and its value
+on the size of the images:
 
     gaussian                the log-density of pixels scaled to [0, 1]
     bernoulli, --binarize   the log-probability of a binary image
@@ -17,7 +18,7 @@ the label, log p(x|label) included. What the ELBO bounds depends on the likeliho
                             Compare it only with runs of the same likelihood.
 
 New images are the mean of p(x|z), for z drawn from a Gaussian that is fitted to the encoded training images
-of each class, or, with --prior normal, from p(z).
+of each class, anew for each sample grid; or, before the first grid and with --prior normal, from p(z).
 
 VAE: Kingma & Welling 2013, arXiv:1312.6114, equation 10. Beta: Higgins et al. 2017. Optimal variance: Rybkin
 et al. 2020, arXiv:2006.13202. Conditional VAE: Sohn et al. 2015. Fitted prior: Ghosh et al. 2019,
@@ -146,7 +147,7 @@ def up(n_in: int, n_out: int, kernel_size: int) -> nn.Sequential:
 class VAE(nn.Module):
     """Images x (N, channels, img_size, img_size) in [0, 1] to z (N, latent_dim), and back.
 
-    With `conditional`, encoder and decoder see the labels (N,), too. Without, labels may be None.
+    With `conditional`, encoder and decoder also see the labels (N,). Otherwise labels are not used.
     """
 
     def __init__(
@@ -260,7 +261,7 @@ class Prior(nn.Module):
             self.mean[k] = mu.mean(dim=0)
             deviations = (mu - self.mean[k]) / len(mu) ** 0.5
             variance = logvar.exp().mean(dim=0)
-            # The covariance is rows.T @ rows, and also R.T @ R, where R is square: so R.T @ noise has it.
+            # The covariance is rows.T @ rows. With rows = Q @ R it is R.T @ R, which R.T @ noise has.
             rows = torch.cat([deviations, variance.sqrt().diag()])
             self.scale[k] = torch.linalg.qr(rows.cpu(), mode="r").R.T
 
@@ -416,7 +417,7 @@ def train(opt: Namespace) -> Path:
 def load(folder: str | Path, device: str | torch.device = "cpu") -> VAE:
     """The averaged model of a run, in eval mode, with the run's options as `model.options`.
 
-    For images x in [0, 1] and labels, where label k is the class model.options.classes[k]:
+    For images x in [0, 1], which are 0 or 1 with --binarize, and labels k of model.options.classes[k]:
 
         mu, logvar = model.encode(x, labels)
         images = model.reconstruct(x, labels)
@@ -466,7 +467,7 @@ def reconstruct(opt: Namespace) -> Path:
     if opt.conditional:
         unknown = set(names) - set(opt.classes)
         if unknown:
-            raise InputError(f'"{opt.reconstruct}": no class of the run: {", ".join(sorted(unknown))}')
+            raise InputError(f'"{opt.reconstruct}": these sub-folders are no classes: {sorted(unknown)}')
         labels = torch.tensor([opt.classes.index(names[k]) for k in labels])
     folder = new_folder(Path(opt.resume, "reconstructed"))
     for i in range(len(images)):
@@ -484,7 +485,7 @@ def reconstruct(opt: Namespace) -> Path:
 
 
 class InputError(OSError):
-    """Something that the user can put right. As any OSError, it is told in one line, without a traceback."""
+    """Something that the user can put right. Like any OSError, it is reported in one line."""
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -608,8 +609,8 @@ NAMED = ["digits", *TORCHVISION]
 def load_data(opt: Namespace, train: bool = True) -> tuple[Tensor, Tensor, list[str]]:
     """Images, uint8 (N, channels, img_size, img_size), labels (N,) and the names of the classes.
 
-    A named data set has training and test images; of a folder, these are all images. Sets opt.dataset if
-    it is None. Raises InputError if there is no such data, or if it is damaged.
+    A named data set has separate training and test images; of a folder, all images are returned. Sets
+    opt.dataset if it is None. Raises InputError if there is no such data, or if it is damaged.
     """
     if opt.dataset is None:
         opt.dataset = "mnist"
@@ -698,7 +699,7 @@ def load_folder(opt: Namespace) -> tuple[Tensor, Tensor, list[str]]:
     names = ["all" if n_loose else file.relative_to(root).parts[0] for file in files]
     classes = sorted(set(names))
     if not n_loose and SPLITS.issuperset(name.lower() for name in classes):
-        raise InputError(f'"{root}" holds {", ".join(classes)}, not classes: give one of them')
+        raise InputError(f'"{root}" holds {", ".join(classes)}, not classes: give the path of one of them')
 
     channels = opt.channels or 3
     images = torch.empty(len(files), channels, opt.img_size, opt.img_size, dtype=torch.uint8)
@@ -772,7 +773,7 @@ def make_loader(images: Tensor, labels: Tensor, batch_size: int) -> DataLoader:
 
 # ---------------------------------------------------------------- runs
 
-CHECKPOINT_SECONDS = 30  # between checkpoints: a stop loses at most so much work
+CHECKPOINT_SECONDS = 30  # between checkpoints: a stop loses at most this much work
 
 
 class Run:

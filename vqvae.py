@@ -428,7 +428,7 @@ def generate(opt: Namespace) -> Path:
 
 
 class InputError(OSError):
-    """Something that the user can put right. As any OSError, it is told in one line, without a traceback."""
+    """Something that the user can put right. Like any OSError, it is reported in one line."""
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -552,8 +552,8 @@ NAMED = ["digits", *TORCHVISION]
 def load_data(opt: Namespace, train: bool = True) -> tuple[Tensor, Tensor, list[str]]:
     """Images, uint8 (N, channels, img_size, img_size), labels (N,) and the names of the classes.
 
-    A named data set has training and test images; of a folder, these are all images. Sets opt.dataset if
-    it is None. Raises InputError if there is no such data, or if it is damaged.
+    A named data set has separate training and test images; of a folder, all images are returned. Sets
+    opt.dataset if it is None. Raises InputError if there is no such data, or if it is damaged.
     """
     if opt.dataset is None:
         opt.dataset = "mnist"
@@ -642,7 +642,7 @@ def load_folder(opt: Namespace) -> tuple[Tensor, Tensor, list[str]]:
     names = ["all" if n_loose else file.relative_to(root).parts[0] for file in files]
     classes = sorted(set(names))
     if not n_loose and SPLITS.issuperset(name.lower() for name in classes):
-        raise InputError(f'"{root}" holds {", ".join(classes)}, not classes: give one of them')
+        raise InputError(f'"{root}" holds {", ".join(classes)}, not classes: give the path of one of them')
 
     channels = opt.channels or 3
     images = torch.empty(len(files), channels, opt.img_size, opt.img_size, dtype=torch.uint8)
@@ -716,7 +716,7 @@ def make_loader(images: Tensor, labels: Tensor, batch_size: int) -> DataLoader:
 
 # ---------------------------------------------------------------- runs
 
-CHECKPOINT_SECONDS = 30  # between checkpoints: a stop loses at most so much work
+CHECKPOINT_SECONDS = 30  # between checkpoints: a stop loses at most this much work
 
 
 class Run:

@@ -213,7 +213,7 @@ def test_what_is_not_read_is_said(cgan, tmp_path, capsys):
 def test_sets_for_training_and_testing_are_no_classes(cgan, tmp_path, names):
     for name in names:
         save(tmp_path / "f" / name / "cat/1.png")
-    with pytest.raises(cgan.InputError, match="give one of them") as error:
+    with pytest.raises(cgan.InputError, match="give the path of one of them") as error:
         read(cgan, tmp_path / "f")
     assert names[0] in str(error.value) and str(tmp_path / "f") in str(error.value)
     assert read(cgan, tmp_path / "f" / names[0])[2] == ["cat"]  # as it says

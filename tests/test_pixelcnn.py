@@ -563,3 +563,12 @@ def test_the_codes_of_vqvae(pixelcnn, images, tmp_path, monkeypatch):
     x = model.sample(torch.zeros(3, dtype=torch.long))
     decoded = vqvae.load(codes).decode(x[:, 0])
     torch.testing.assert_close(model.images(x), decoded.clamp(0, 1))
+
+
+def test_a_run_in_a_folder_named_as_a_data_set(pixelcnn, tmp_path, monkeypatch):
+    """It hides the data set from no one, itself included."""
+    monkeypatch.chdir(tmp_path)
+    draw_digits = pixelcnn.draw_digits
+    monkeypatch.setattr(pixelcnn, "draw_digits", lambda n: [part[:20] for part in draw_digits(n)])
+    run = train(pixelcnn, "--dataset", "digits", "--out_dir", "digits", "--img_size", 4, *TINY)
+    assert train(pixelcnn, "--resume", run, "--n_epochs", 2) == run

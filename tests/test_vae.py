@@ -704,7 +704,7 @@ def test_reconstruct(vae, small, images, command, refused, tmp_path, conditional
     refused(vae, "--resume", run, "--reconstruct", tmp_path / "none", says=[tmp_path / "none", "no images"])
     grey = make_folder(tmp_path / "grey", classes=["one"], mode="L")  # grey images for a colour model
     if conditional:  # "one" is none of its classes: it would take a wrong label
-        refused(vae, "--resume", run, "--reconstruct", grey, says=[grey, "no class of the run", "one"])
+        refused(vae, "--resume", run, "--reconstruct", grey, says=[grey, "are no classes", "one"])
     else:
         assert command(vae, "--resume", run, "--reconstruct", grey) == (0, [])
         assert len(list((run / "reconstructed-3").iterdir())) == 18
