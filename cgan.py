@@ -188,6 +188,7 @@ class Discriminator(nn.Module):
                 nn.Linear(512, 512), nn.LeakyReLU(0.2),
             )  # fmt: skip
         else:
+            # From the image to the coarsest level, as in G.
             side = img_size // 2
             dim = hidden_dim
             layers = [nn.Conv2d(channels, dim, 4, 2, 1), nn.LeakyReLU(0.2)]
@@ -208,7 +209,7 @@ class Discriminator(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if self.training:
-            # Without it D could tell fakes by details: tanh never reaches the black of a digit's background.
+            # Without noise, D could tell fakes by details: tanh never gives the black around a digit.
             images = images + self.noise * torch.randn_like(images)
         embedding = self.embed(labels)
         if self.conditioning == "concat":

@@ -158,7 +158,7 @@ class Discriminator(nn.Module):
                 nn.Linear(512, 256), nn.LeakyReLU(0.2),
             )  # fmt: skip
         else:
-            # The same way back: from the image, to at least 4 x 4 positions.
+            # From the image to the coarsest level, as in G.
             side = img_size // 2
             dim = hidden_dim
             layers = [nn.Conv2d(channels, dim, 4, 2, 1), nn.LeakyReLU(0.2)]
@@ -172,7 +172,7 @@ class Discriminator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if self.training:
-            # Without it D could tell fakes by details: tanh never reaches the black of a digit's background.
+            # Without noise, D could tell fakes by details: tanh never gives the black around a digit.
             images = images + self.noise * torch.randn_like(images)
         h = self.features(images)
         # One number for the whole batch: how much the features vary. It tells D when G draws nearly the same
