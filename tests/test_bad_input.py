@@ -118,9 +118,8 @@ def test_no_run_there(script, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     resume_fails(script, refused, tmp_path / "nosuch", ["nosuch", "is not the folder of a run"])
     resume_fails(script, refused, tmp_path, ["it has no checkpoint.pt"])
-    resume_fails(
-        script, refused, "", ["is not the folder of a run"]
-    )  # a variable of the shell that is not set
+    unset = ""  # a variable of the shell
+    resume_fails(script, refused, unset, ["is not the folder of a run"])
 
 
 @pytest.mark.parametrize("size", [0, 100, 5000])
@@ -160,19 +159,20 @@ def test_resume_against_the_saved_option(script, command, refused, trained, name
     assert command(script, "--resume", trained, f"--{name}", saved) == (0, [])  # the same is no contradiction
 
 
-def test_resume_with_other_images(script, refused, images, small, tmp_path):
+def test_resume_with_other_images(script, refused, images, trained, tmp_path):
     """Other labels, or epochs of another length, would go unnoticed."""
     folder = shutil.copytree(images, tmp_path / "f")
-    run = script.train(script.parse_args([*small, "--dataset", str(folder), "--n_epochs", "1"]))
-    before = (run / "checkpoint.pt").read_bytes()
-    shutil.copy(folder / "red/0.png", folder / "red/new.png")
-    shutil.copy(folder / "red/0.png", folder / "red/new2.png")
-    refused(script, "--resume", run, "--n_epochs", 2, says=["images of blue, green, red", "was started with"])
-    (folder / "red/new.png").unlink()
-    (folder / "red/new2.png").unlink()
+    before = (trained / "checkpoint.pt").read_bytes()
+    resume = ["--resume", trained, "--n_epochs", 2, "--dataset", folder]
+    new = [folder / "red/new.png", folder / "red/new2.png"]
+    for file in new:
+        shutil.copy(folder / "red/0.png", file)
+    refused(script, *resume, says=["images of blue, green, red", "was started with"])
+    for file in new:
+        file.unlink()
     (folder / "blue").rename(folder / "yellow")
-    refused(script, "--resume", run, says=["green, red, yellow"])
-    assert (run / "checkpoint.pt").read_bytes() == before
+    refused(script, *resume, says=["green, red, yellow"])
+    assert (trained / "checkpoint.pt").read_bytes() == before
 
 
 def test_uses_need_a_run(script, refused, tmp_path, monkeypatch):
@@ -224,10 +224,10 @@ def test_the_first_error_is_told(cgan, refused, run, monkeypatch):
     assert not list(run.glob(".*"))
 
 
-def test_a_loss_that_is_not_finite(script, refused, small, tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "CHECKPOINT_SECONDS", 0)
-    refused(script, *small, "--n_epochs", 50, "--lr", 9e17, says=["is not finite", "lower --lr"])
-    state = checkpoint(tmp_path / "runs" / script.__name__)
+def test_a_loss_that_is_not_finite(cgan, refused, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(cgan, "CHECKPOINT_SECONDS", 0)
+    refused(cgan, *small, "--n_epochs", 50, "--lr", 9e17, says=["is not finite", "lower --lr"])
+    state = checkpoint(tmp_path / "runs/cgan")
     weights = [t for part in state.values() if isinstance(part, dict) for t in part.values()]
     weights = [t for t in weights if isinstance(t, torch.Tensor) and t.is_floating_point()]
     assert weights and all(t.isfinite().all() for t in weights)
