@@ -71,8 +71,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--arch", choices=["mlp", "conv"], default="mlp", help="fully connected or convolutional")
     add("--conditioning", choices=["projection", "concat"], default="projection",
         help="how D sees the label: in its score, or as a channel of the image")  # fmt: skip
-    add("--class_weight", type=number(float, 0), default=0.2,
-        help="c, the weight of the classification; not used with --conditioning concat")  # fmt: skip
+    add("--class_weight", type=number(float, 0),
+        help="c, the weight of the classification (default: 0.2 for conv, 0 for mlp and concat)")  # fmt: skip
     add("--hidden_dim", type=count, default=32, help="conv: channels of the layers next to the image")
     add("--latent_dim", type=count, default=100, help="size of z")
     add("--noise", type=number(float, 0), default=0.1, help="standard deviation of the noise on D's input")
@@ -81,7 +81,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--n_epochs", type=count, default=200, help="epochs in total, those before a resume included")
     add("--batch_size", type=number(int, 2), default=64, help="images per step")
     add("--lr", type=positive, default=4e-4, help="Adam: learning rate")
-    add("--lr_hold", type=count, default=2000, help="steps at this rate; then it falls as 1/sqrt(step)")
+    add("--lr_hold", type=count, default=2000, help="steps at the rate lr; then it falls as 1/sqrt(step)")
     add("--b1", type=fraction, default=0.5, help="Adam: decay rate of the first moment")
     add("--b2", type=fraction, default=0.999, help="Adam: decay rate of the second moment")
     add("--seed", type=number(int, 0), default=0, help="seed; with --generate, another gives other images")
@@ -101,6 +101,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--generate", type=count, metavar="N", help="with --resume: write N images instead of training")
     add("--labels", nargs="+", metavar="CLASS", help="with --generate: only of these classes")
     opt = parse_and_check(p, argv)
+    if opt.class_weight is None:
+        opt.class_weight = 0.2 if opt.arch == "conv" and opt.conditioning == "projection" else 0.0
     if opt.arch == "conv" and (opt.img_size % 4 or opt.img_size < 8):
         p.error(f"--img_size {opt.img_size}: --arch conv needs a multiple of 4, at least 8")
     if opt.labels and not opt.generate:
@@ -136,7 +138,8 @@ class Generator(nn.Module):
                 nn.Unflatten(1, (channels, img_size, img_size)),
             )  # fmt: skip
         else:
-            # From the image back to z: at each level half the side and, after the first, twice the channels.
+            # From the image back to z: each pass puts a level in front of the others, which doubles the side.
+            # The last level takes hidden_dim channels, and each one before it twice as many.
             side = img_size
             n_in, n_out = hidden_dim, channels
             layers = [nn.Tanh()]
@@ -145,7 +148,7 @@ class Generator(nn.Module):
                 layers = up + layers
                 n_in, n_out = 2 * n_in, n_in
                 side //= 2
-            # Now n_out and side are those of the coarsest level.
+            # Now n_out and side are what the level in front takes.
             first = [nn.Linear(z_dim, n_out * side**2), nn.Unflatten(1, (n_out, side, side))]
             self.net = nn.Sequential(*first, *layers)
 
@@ -158,8 +161,8 @@ class Discriminator(nn.Module):
 
     With conditioning "projection" the score is w.h(x) + e(y).h(x), for the features h of the image and
     an embedding e of the label; with "concat" the label is embedded as one more channel of the image.
-    The class logits (N, n_classes), which say which class D takes the image for, are linear in h, too; with
-    "concat", where h knows the label, they are not trained.
+    The class logits (N, n_classes), which say which class D takes the image for, are linear in h, too. (With
+    "concat", h knows the label, so that there is nothing to classify.)
 
     --arch conv halves the side of the images at each level and doubles the channels, from hidden_dim.
     """
@@ -209,7 +212,7 @@ class Discriminator(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if self.training:
-            # Without noise, D could tell fakes by details: tanh never gives the black around a digit.
+            # Without noise, D could tell fakes by details: tanh seldom gives just -1, a digit's background.
             images = images + self.noise * torch.randn_like(images)
         embedding = self.embed(labels)
         if self.conditioning == "concat":
@@ -237,7 +240,7 @@ def train(opt: Namespace) -> Path:
     if opt.n_classes not in (None, n_classes):
         raise InputError(f"--n_classes {opt.n_classes}: the data has {n_classes} classes")
     opt.n_classes = n_classes
-    # All images lie on the device, as bytes.
+    # All images are kept on the device, as bytes.
     loader = make_loader(images.to(device), labels.to(device), opt.batch_size)
 
     torch.manual_seed(opt.seed)
@@ -251,8 +254,6 @@ def train(opt: Namespace) -> Path:
     betas = (opt.b1, opt.b2)
     optimizer_G = torch.optim.Adam(G.parameters(), opt.lr, betas, fused=True)
     optimizer_D = torch.optim.Adam(D.parameters(), opt.lr, betas, fused=True)
-    # With concat, D sees the label, so that there is nothing to classify.
-    class_weight = opt.class_weight if opt.conditioning == "projection" else 0.0
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=opt.amp)
 
     # Column k of a sample grid is class k, for at most 10 classes; the images of a row share their z.
@@ -279,7 +280,7 @@ def train(opt: Namespace) -> Path:
                 fake = G(z, y)
                 fake_scores, fake_logits = D(fake, y)
             g_loss = (fake_scores.float() - 1).square().mean()
-            g_loss = g_loss + class_weight * cross_entropy(fake_logits.float(), y)
+            g_loss = g_loss + opt.class_weight * cross_entropy(fake_logits.float(), y)
             optimizer_G.zero_grad()
             g_loss.backward()
             average_gradients(G)
@@ -293,7 +294,7 @@ def train(opt: Namespace) -> Path:
             real_loss = (real_scores.float() - 1).square().mean()
             fake_loss = fake_scores.float().square().mean()
             class_loss = cross_entropy(real_logits.float(), y)
-            d_loss = (real_loss + fake_loss) / 2 + class_weight * class_loss
+            d_loss = (real_loss + fake_loss) / 2 + opt.class_weight * class_loss
             optimizer_D.zero_grad()
             d_loss.backward()
             average_gradients(D)
@@ -439,7 +440,8 @@ def average_gradients(model: nn.Module) -> None:
 def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """Move the averaged weights towards the model's.
 
-    At the first steps they move faster, so that the untrained weights do not stay in the average.
+    Early on they move faster (with a decay of 0.999, for 9,000 steps), so that the untrained weights do not
+    stay in the average.
     """
     decay = min(decay, (1 + step) / (10 + step))
     for a, b in zip(average.state_dict().values(), model.state_dict().values()):

@@ -7,15 +7,16 @@ non-saturating loss, whose gradient stays large while D rejects the fakes:
     D maximises    E[log sigmoid(D(x))]  +  E[log(1 - sigmoid(D(G(z))))]
     G maximises    E[log sigmoid(D(G(z)))]
 
-In the log, d_loss is minus half the first and g_loss minus the second: 0.69 is that of a D that cannot tell.
+In log.csv, d_loss is minus half the first and g_loss minus the second. Both are log 2 = 0.69 while D cannot
+tell real images from fakes.
 
 GAN: Goodfellow et al. 2014, arXiv:1406.2661, equation 1 and section 3. --arch conv follows DCGAN, Radford et
-al. 2015, arXiv:1511.06434, but for the last layers of D and the initial weights.
+al. 2015, arXiv:1511.06434, with fewer channels, other last layers in D and PyTorch's initial weights.
 
-Three additions make the training more stable. D sees how much its features vary in the batch (Karras et al.
-2017, arXiv:1710.10196, section 3). Gaussian noise is added to D's input (Sønderby et al. 2016,
-arXiv:1610.04490; --noise 0: none). Samples come from a moving average of G's weights (Yazici et al. 2018,
-arXiv:1806.04498; --ema 0: from G itself).
+Three additions improve the images. D sees how much its features vary in the batch, which keeps G drawing
+different images (Karras et al. 2017, arXiv:1710.10196, section 3). Gaussian noise is added to D's input,
+which makes the training more stable (Sønderby et al. 2016, arXiv:1610.04490; --noise 0: none). Samples come
+from a moving average of G's weights (Yazici et al. 2018, arXiv:1806.04498; --ema 0: from G itself).
 
     python gan.py --n_epochs 20                          # MNIST; built-in digits when offline
     python gan.py --arch conv --dataset path/to/folder   # your images
@@ -79,7 +80,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--n_epochs", type=count, default=200, help="epochs in total, those before a resume included")
     add("--batch_size", type=number(int, 2), default=64, help="images per step")
     add("--lr", type=positive, default=6e-4, help="Adam: learning rate")
-    add("--lr_hold", type=count, default=8000, help="steps at this rate; then it falls as 1/sqrt(step)")
+    add("--lr_hold", type=count, default=8000, help="steps at the rate lr; then it falls as 1/sqrt(step)")
     add("--b1", type=fraction, default=0.5, help="Adam: decay rate of the first moment")
     add("--b2", type=fraction, default=0.999, help="Adam: decay rate of the second moment")
     add("--seed", type=number(int, 0), default=0, help="seed; with --generate, another gives other images")
@@ -123,7 +124,8 @@ class Generator(nn.Module):
                 nn.Unflatten(1, (channels, img_size, img_size)),
             )  # fmt: skip
         else:
-            # From the image back to z: at each level half the side and, after the first, twice the channels.
+            # From the image back to z: each pass puts a level in front of the others, which doubles the side.
+            # The last level takes hidden_dim channels, and each one before it twice as many.
             side = img_size
             n_in, n_out = hidden_dim, channels
             layers = [nn.Tanh()]
@@ -132,7 +134,7 @@ class Generator(nn.Module):
                 layers = up + layers
                 n_in, n_out = 2 * n_in, n_in
                 side //= 2
-            # Now n_out and side are those of the coarsest level.
+            # Now n_out and side are what the level in front takes.
             first = [nn.Linear(latent_dim, n_out * side**2), nn.Unflatten(1, (n_out, side, side))]
             self.net = nn.Sequential(*first, *layers)
 
@@ -172,7 +174,7 @@ class Discriminator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if self.training:
-            # Without noise, D could tell fakes by details: tanh never gives the black around a digit.
+            # Without noise, D could tell fakes by details: tanh seldom gives just -1, a digit's background.
             images = images + self.noise * torch.randn_like(images)
         h = self.features(images)
         # One number for the whole batch: how much the features vary. It tells D when G draws nearly the same
@@ -191,10 +193,10 @@ def train(opt: Namespace) -> Path:
         dist.init_process_group()
     device = find_device(opt.device)
     # For data of your own, replace this line. Images are uint8 (N, channels, img_size, img_size), labels
-    # (N,) are class numbers from 0, and classes is the list of their names.
+    # (N,) are class numbers from 0, which a GAN does not use, and classes is the list of their names.
     images, labels, opt.classes = load_data(opt)
     opt.channels = images.shape[1]
-    # All images lie on the device, as bytes.
+    # All images are kept on the device, as bytes.
     loader = make_loader(images.to(device), labels.to(device), opt.batch_size)
 
     torch.manual_seed(opt.seed)
@@ -382,7 +384,8 @@ def average_gradients(model: nn.Module) -> None:
 def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """Move the averaged weights towards the model's.
 
-    At the first steps they move faster, so that the untrained weights do not stay in the average.
+    Early on they move faster (with a decay of 0.999, for 9,000 steps), so that the untrained weights do not
+    stay in the average.
     """
     decay = min(decay, (1 + step) / (10 + step))
     for a, b in zip(average.state_dict().values(), model.state_dict().values()):

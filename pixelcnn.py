@@ -110,7 +110,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 class PixelCNN(nn.Module):
     """What both networks share: the probability p(x) of values x (N, 1, size, size), int64, below n_values.
 
-    network(x, labels) gives the logits (N, n_values, H, W) of the value at each position, given those before
+    model(x, labels) gives the logits (N, n_values, H, W) of the value at each position, given those before
     it; x may be the first rows only. Labels (N,) are used only if n_classes > 0: then it is p(x | label).
     """
 
@@ -291,7 +291,7 @@ def load_codes(opt: Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         raise InputError(f'"{file}", the codes of a run of vqvae.py, cannot be read ({e})') from e
     codes_hash = hashlib.sha256(arrays["codes"].tobytes() + arrays["test_codes"].tobytes()).hexdigest()
     if opt.resume is not None and codes_hash != opt.codes_hash:
-        raise InputError(f'"{file}" has other codes than those with which the run was started')
+        raise InputError(f'the run was not started with the codes in "{file}"')
     if opt.binarize:
         raise InputError("--binarize is for images, not for codes")
     opt.codes_hash = codes_hash
@@ -336,9 +336,9 @@ def train(opt: Namespace) -> Path:
         images, labels, opt.classes = load_data(opt)
         images, labels, test_images, test_labels = hold_out(opt, images, labels)
         opt.n_values = 2 if opt.binarize else 256
-    # All images lie on the device.
+    # All images are kept on the device.
     loader = make_loader(images.to(device), labels.to(device), opt.batch_size)
-    seed("test images")  # if drawn, always the same ones
+    seed("test images")  # with --binarize, their black and white is always the same
     test_x = to_values(test_images, opt.binarize).to(device)
     test_labels = test_labels.to(device)
 
@@ -525,7 +525,8 @@ def average_gradients(model: nn.Module) -> None:
 def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """Move the averaged weights towards the model's.
 
-    At the first steps they move faster, so that the untrained weights do not stay in the average.
+    Early on they move faster (with a decay of 0.999, for 9,000 steps), so that the untrained weights do not
+    stay in the average.
     """
     decay = min(decay, (1 + step) / (10 + step))
     for a, b in zip(average.state_dict().values(), model.state_dict().values()):

@@ -4,10 +4,9 @@ The probability of an image x is a product over its positions in raster order, e
 
     log p(x)  =  sum over i of  log p(x_i | x_1, ..., x_(i-1))
 
-A convolutional network that sees no later position computes all the factors in one pass. Training maximises
-their product, log p(x), which is exact. Drawing takes one pass per position. What a factor is depends on the
-data: for grey levels and colours a mixture of logistics, for black and white (--binarize) and for codes a
-softmax.
+A convolutional network whose output at a position depends only on those before it computes all factors in
+one pass. Training maximises log p(x), which is exact. Drawing takes one pass per position. A factor is a
+mixture of logistics for grey levels and colours, and a softmax for black and white (--binarize) and codes.
 
 PixelCNN++: Salimans et al. 2017, arXiv:1701.05517; the defaults are a small model. Two streams without a
 blind spot, and the label as a bias: van den Oord et al. 2016, arXiv:1606.05328. Codes: van den Oord et al.
@@ -137,7 +136,7 @@ def mixture_log_prob(out: Tensor, x: Tensor) -> Tensor:
     """log p (N, ...), in nats, of pixels x (N, C, ...) from 0 to 255, for the output (N, n_out, ...).
 
     A value has the probability of the interval around it; the intervals of 0 and of 255 reach to infinity
-    (arXiv:1701.05517, equation 2). For an interval from a to b, measured from the mean in scales, this is
+    (arXiv:1701.05517, equation 2). If a and b are its ends, minus the mean and divided by the scale, this is
 
         s(b) - s(a)  =  s(b) s(-a) (1 - exp(a - b)),    where s is the sigmoid function:
 
@@ -157,7 +156,7 @@ def mixture_log_prob(out: Tensor, x: Tensor) -> Tensor:
 def draw_from_mixture(out: Tensor, channels: int) -> Tensor:
     """Draw pixels (N, channels) from 0 to 255, given the network's output for each (N, n_out)."""
     x = out.new_zeros(len(out), channels)
-    logits, _, _ = logistics(out, x)
+    logits, _, _ = logistics(out, x)  # the logits do not depend on x
     k = Categorical(logits=logits).sample()
     n = torch.arange(len(out))
     for c in range(channels):
@@ -172,7 +171,7 @@ def draw_from_mixture(out: Tensor, channels: int) -> Tensor:
 
 
 def normed(conv: nn.Module, dim: int = 0) -> nn.Module:
-    """Apply weight normalisation (arXiv:1602.07868), with all scales 1. dim: that of the weight's outputs."""
+    """Apply weight normalisation (arXiv:1602.07868); the scales start at 1. dim: the weight's outputs."""
     weight_norm(conv, dim=dim)
     nn.init.ones_(conv.parametrizations.weight.original0)
     return conv
@@ -190,10 +189,10 @@ def concat_elu(x: Tensor) -> Tensor:
 
 
 class GatedBlock(nn.Module):
-    """Features x (N, dim, H, W) -> x + a * sigmoid(b), where two filters make a and b from x.
+    """Features x (N, dim, H, W) -> x + a * sigmoid(b), where two convolutions in a row make a and b.
 
-    The filters see two rows, i - 1 and i: with width 2 the columns j - 1 and j, with width 3 also j + 1. A
-    1x1 filter adds what other features (N, n_other, H, W) say, if n_other > 0, and a label has a bias, if
+    Each sees two rows, i - 1 and i: with width 2 the columns j - 1 and j, with width 3 also j + 1. A 1x1
+    convolution adds what other features (N, n_other, H, W) say, if n_other > 0, and a label has a bias, if
     n_classes > 0. resize: "halve" or "double" the height and width of x first, or "".
     """
 
@@ -203,7 +202,7 @@ class GatedBlock(nn.Module):
         padding = (1, width - 2, 1, 0)  # left, right, top, bottom
         self.resize = nn.Identity()
         # Row i of half the size sees the rows 2i - 1 and 2i, and is doubled to the rows 2i and 2i + 1: so no
-        # row sees a later one. For columns it is the same.
+        # row sees a later one. For the columns of a block of width 2 it is the same.
         if resize == "halve":
             self.resize = shifted_conv(dim, dim, kernel_size, padding, stride=2)
         if resize == "double":
@@ -231,8 +230,9 @@ class PixelCNNpp(nn.Module):
 
     With softmax=True x has 1 channel of values from 0 to n_values - 1; otherwise 1 or 3 channels, n_values is
     256, and a mixture of logistics takes the softmax's place. Labels (N,) are used only if n_classes > 0:
-    then the model is p(x | label). network(x, labels) gives what softmax or mixture need at each position,
-    given those before it: (N, n_out, H, W). x may be the first rows only, a multiple of 4.
+    then the model is p(x | label). model(x, labels) gives (N, n_out, H, W): what the softmax or the mixture
+    needs at each position, given those before it. x may be only the first rows, if their number is a
+    multiple of 4.
 
     The network is figure 2 of arXiv:1701.05517. It has two streams of features: at each position, u sees the
     rows above, and ul also what is to the left, as far as the filters reach. Both go down to a half and a
@@ -367,7 +367,7 @@ def load_codes(opt: Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         raise InputError(f'"{file}", the codes of a run of vqvae.py, cannot be read ({e})') from e
     codes_hash = hashlib.sha256(arrays["codes"].tobytes() + arrays["test_codes"].tobytes()).hexdigest()
     if opt.resume is not None and codes_hash != opt.codes_hash:
-        raise InputError(f'"{file}" has other codes than those with which the run was started')
+        raise InputError(f'the run was not started with the codes in "{file}"')
     if opt.binarize:
         raise InputError("--binarize is for images, not for codes")
     opt.codes_hash = codes_hash
@@ -412,13 +412,13 @@ def train(opt: Namespace) -> Path:
         images, labels, opt.classes = load_data(opt)
         images, labels, test_images, test_labels = hold_out(opt, images, labels)
         opt.n_values = 2 if opt.binarize else 256
-    images = images.to(device)  # all of them lie on the device
+    images = images.to(device)  # all are kept on the device
     labels = labels.to(device)
     opt.channels = images.shape[1]
     if opt.img_size % 4:
         raise InputError(f"the side of the images or codes, {opt.img_size}, is not a multiple of 4")
     loader = make_loader(images, labels, opt.batch_size)
-    seed("test images")  # if drawn, always the same ones
+    seed("test images")  # with --binarize, their black and white is always the same
     test_x = to_values(test_images, opt.binarize).to(device)
     test_labels = test_labels.to(device)
 
@@ -482,7 +482,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> PixelCNNpp:
 
     model.log_prob(x, labels) is log p(x) in nats, model.sample(labels) draws x, and model.images(x) makes
     images of x, values (N, channels, size, size) of type int64. Label k is the class
-    model.options.classes[k]; without --conditional only the number of labels matters.
+    model.options.classes[k]; without --conditional the labels only say how many to draw.
     Raises InputError if the folder is not that of a run of this script.
     """
     state = read_checkpoint(folder)
@@ -608,7 +608,8 @@ def average_gradients(model: nn.Module) -> None:
 def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """Move the averaged weights towards the model's.
 
-    At the first steps they move faster, so that the untrained weights do not stay in the average.
+    Early on they move faster (with a decay of 0.999, for 9,000 steps), so that the untrained weights do not
+    stay in the average.
     """
     decay = min(decay, (1 + step) / (10 + step))
     for a, b in zip(average.state_dict().values(), model.state_dict().values()):

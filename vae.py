@@ -351,7 +351,7 @@ def train(opt: Namespace) -> Path:
     opt.channels = images.shape[1]
     if opt.likelihood is None:
         opt.likelihood = "bernoulli" if opt.channels == 1 else "gaussian"
-    # All images lie on the device, as bytes.
+    # All images are kept on the device, as bytes.
     images = images.to(device)
     labels = labels.to(device)
     test_images = test_images.to(device)
@@ -573,7 +573,8 @@ def average_gradients(model: nn.Module) -> None:
 def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """Move the averaged weights towards the model's.
 
-    At the first steps they move faster, so that the untrained weights do not stay in the average.
+    Early on they move faster (with a decay of 0.999, for 9,000 steps), so that the untrained weights do not
+    stay in the average.
     """
     decay = min(decay, (1 + step) / (10 + step))
     for a, b in zip(average.state_dict().values(), model.state_dict().values()):

@@ -2,30 +2,32 @@
 
 The encoder turns an image x into a grid of vectors z. Each z is replaced by e, the nearest of the K vectors
 of a codebook, so that the image becomes a grid of codes, integers from 0 to K - 1. The decoder turns the
-vectors e into an image x' like x. They minimise a sum of three means, after equation 3 of the paper:
+vectors e into an image x' like x. Training minimises a sum of three means, after equation 3 of the paper:
 
     mean (x' - x)^2 / variance  +  mean (sg[z] - e)^2  +  0.25 mean (z - sg[e])^2
 
-The variance is that of the training pixels, so that an x' that is always the mean pixel would cost 1. sg[]
-stops the gradient: the second term, the codebook loss, moves only e, and the third, the commitment loss,
-only the encoder. Choosing the nearest vector has no gradient, so the decoder's gradient with respect to e
-is copied to z. By default there is no codebook loss: each vector of the codebook is a moving average of the
-z that chose it (appendix A.1). One that is hardly ever chosen is replaced by a random z of the batch,
-because otherwise most of the codebook might never be used.
+The variance is that of all values of the training images, so that an x' that is their mean everywhere would
+cost 1. The operator sg[] stops the gradient: the second term, the codebook loss, moves only e, and the third,
+the commitment loss, only the encoder. Choosing the nearest vector has no gradient, so the decoder's gradient
+with respect to e is copied to z. By default (--codebook ema) there is no codebook loss: each vector of the
+codebook is a moving average of the z that chose it (appendix A.1). One that is hardly ever chosen is replaced
+by a random z of the batch, because otherwise most of the codebook might never be used.
 
-VQ-VAE: van den Oord et al. 2017, arXiv:1711.00937. Restarts: Dhariwal et al. 2020, arXiv:2005.00341, and
-Zeghidour et al. 2021, arXiv:2107.03312. Averaged weights: Yazici et al. 2019, arXiv:1806.04498.
+VQ-VAE: van den Oord et al. 2017, arXiv:1711.00937. --restart: Dhariwal et al. 2020, arXiv:2005.00341, and
+Zeghidour et al. 2021, arXiv:2107.03312. Averaged weights (--ema): Yazici et al. 2018, arXiv:1806.04498.
 
     python vqvae.py --n_epochs 10                            # MNIST; built-in digits when offline
     python vqvae.py --dataset path/to/folder --img_size 64   # your images, with or without sub-folders
     python pixelcnnpp.py --dataset runs/vqvae                # learns the codes, and draws new ones
 
-When a run ends, it writes the codes of all images to codes.npz, and the decoder to decoder.pt2:
+When a run ends, it writes the decoder to decoder.pt2, and to codes.npz the codes of the training images and
+their labels ("codes", "labels") and those of the test images ("test_codes", "test_labels"):
 
     codes = torch.from_numpy(numpy.load("runs/vqvae/codes.npz")["codes"][:64])
     images = torch.export.load("runs/vqvae/decoder.pt2").module()(codes.long())
 
-To end a run that was stopped early: --resume runs/vqvae --n_epochs 1.
+A run that was stopped has not written them yet. To end it after the epoch that it is in, give --resume
+runs/vqvae and --n_epochs 1.
 """
 
 # /// script
@@ -85,7 +87,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--restart", action=ON_OFF, default=True, help="replace vectors of the codebook that are hardly used")
     add("--n_embeddings", type=count, default=512, help="K, the number of codes")
     add("--latent_dim", type=count, default=64, help="size of each vector z, and of a code's vector")
-    add("--hidden_dim", type=number(int, 2), default=128, help="channels of the convolutions")
+    add("--hidden_dim", type=number(int, 2), default=128, help="channels of the codes' grid; half before")
     add("--residual_dim", type=count, default=32, help="channels inside a residual block")
     add("--downsample", type=int, choices=[2, 4, 8], default=4, help="pixels per code along a side")
     add("--ema", type=fraction, default=0.999, help="decay rate of the averaged copy of the model; 0: off")
@@ -146,7 +148,7 @@ class VQVAE(nn.Module):
     ):
         super().__init__()
         half_dim = hidden_dim // 2
-        dims = {  # of the image, and after each convolution that halves its side
+        dims = {  # channels of the image, and after each convolution that halves its side
             2: [channels, hidden_dim],
             4: [channels, half_dim, hidden_dim],
             8: [channels, half_dim, half_dim, hidden_dim],
@@ -203,7 +205,7 @@ class VQVAE(nn.Module):
 
 @torch.no_grad()
 def update_codebook(model: VQVAE, z: Tensor, codes: Tensor, opt: Namespace) -> None:
-    """Count the uses of the codes of z (N, latent_dim, h, w), and change the codebook after them.
+    """Count the uses of the codes of z (N, latent_dim, h, w), and fit the codebook to z.
 
     With --codebook ema each vector is an average of the z that chose it (appendix A.1 of the paper):
 
@@ -211,7 +213,8 @@ def update_codebook(model: VQVAE, z: Tensor, codes: Tensor, opt: Namespace) -> N
         total  = decay * total + (1 - decay) * (sum of the z that chose the code)
         vector = total / count
 
-    With --restart a vector is replaced by a random z if its count is small.
+    With --restart a vector whose count is below a tenth of the mean is replaced by a random z, and its count
+    set to that tenth.
     """
     codebook = model.codebook
     counts = model.counts
@@ -224,18 +227,18 @@ def update_codebook(model: VQVAE, z: Tensor, codes: Tensor, opt: Namespace) -> N
         dist.all_reduce(uses)
         dist.all_reduce(sums)
         dist.broadcast(candidates, 0)
-    is_rare = counts == 0  # all of them in the first step, as the first vectors have nothing to do with z
+    is_rare = counts == 0  # true of all in the first step, as the first vectors have nothing to do with z
     counts.lerp_(uses, 1 - opt.decay)
     if opt.codebook == "ema":
-        # The total before is count * vector, so total / count changes the vector by this. It is 0 for a
-        # vector that no z chose.
+        # The total before was count * vector, so that total / count is the vector plus change / count. The
+        # change is 0 for a vector that no z chose.
         change = (1 - opt.decay) * (sums - uses[:, None] * codebook)
         codebook += change / counts[:, None].clamp(min=1e-9)
     if opt.restart:
         least = 0.1 * uses.mean()  # a tenth of what each code would have if all were used evenly
         is_rare |= counts < least
         codebook.copy_(torch.where(is_rare[:, None], candidates, codebook))
-        counts.clamp_(min=least)
+        counts.clamp_(min=least)  # as if the new vectors had been used that often
 
 
 def measure(model: VQVAE, images: Tensor, variance: Tensor, opt: Namespace) -> dict[str, float]:
@@ -244,7 +247,7 @@ def measure(model: VQVAE, images: Tensor, variance: Tensor, opt: Namespace) -> d
     test_mse is the mean squared error of pixels in [0, 1], and test_error the same over the variance.
     test_perplexity is exp(entropy) of the codes: the number of evenly used codes with the same entropy;
     test_used is how many are used. test_code_bits is the length of an image's codes, in bits, if each takes
-    -log2 of its frequency in training: what remains of the image, not a likelihood.
+    -log2 of its probability in frequencies(): the size of a lossy compression, not a likelihood.
     """
     mse = 0.0
     uses = 0
@@ -286,7 +289,7 @@ def train(opt: Namespace) -> Path:
     # every tenth image is for the test.
     images, labels, opt.classes = load_data(opt)
     images, labels, test_images, test_labels = hold_out(opt, images, labels)
-    # All images lie on the device, as bytes.
+    # All images are kept on the device, as bytes.
     images = images.to(device)
     test_images = test_images.to(device)
     opt.channels = images.shape[1]
@@ -295,7 +298,7 @@ def train(opt: Namespace) -> Path:
     torch.manual_seed(opt.seed)
     model = new_model(opt).to(device, memory_format=torch.channels_last)  # faster convolutions
     model.codebook.requires_grad_(opt.codebook == "loss")
-    model_avg = copy.deepcopy(model).eval().requires_grad_(False)  # for tests, grids and load()
+    model_avg = copy.deepcopy(model).eval().requires_grad_(False)  # for tests, grids, codes and load()
     optimizer = torch.optim.Adam(model.parameters(), opt.lr, (opt.b1, opt.b2), fused=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=opt.amp)
 
@@ -369,13 +372,15 @@ def write_codes(folder: Path, **arrays) -> None:
     del model.encoder
     example_codes = torch.from_numpy(arrays["codes"][:2]).long()
     decoder = torch.export.export(model, (example_codes,), dynamic_shapes=[{0: torch.export.Dim("N")}])
-    buffer = io.BytesIO()  # because torch, writing to a full disk itself, would abort the process
-    torch.export.save(decoder, buffer)
-    # The slow part is done before the first file is replaced, as the two must fit each other after a stop.
-    with replacing(folder / "decoder.pt2") as file:
-        file.write_bytes(buffer.getbuffer())
-    with replacing(folder / "codes.npz") as file:
-        np.savez_compressed(file, **arrays)
+    # Both files are made in memory, which is slow, and then written one right after the other, because they
+    # must fit each other after a stop. Also, torch would abort the process if it met a full disk itself.
+    decoder_file = io.BytesIO()
+    torch.export.save(decoder, decoder_file)
+    codes_file = io.BytesIO()
+    np.savez_compressed(codes_file, **arrays)
+    for name, content in (("decoder.pt2", decoder_file), ("codes.npz", codes_file)):
+        with replacing(folder / name) as file:
+            file.write_bytes(content.getbuffer())
     say(f'codes of all images in "{folder}"; to learn to draw new ones: pixelcnnpp.py --dataset "{folder}"')
 
 
@@ -405,7 +410,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> VQVAE:
 
 
 def generate(opt: Namespace) -> Path:
-    """Write opt.generate images of codes that are drawn one by one, each with its frequency in training."""
+    """Write opt.generate images of random codes, each drawn by itself, as often as it is used in training."""
     device = find_device(opt.device)
     model = load(opt.resume, device)
     folder = new_folder(Path(opt.resume, "generated"))
@@ -516,7 +521,8 @@ def average_gradients(model: nn.Module) -> None:
 def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """Move the averaged weights towards the model's.
 
-    At the first steps they move faster, so that the untrained weights do not stay in the average.
+    Early on they move faster (with a decay of 0.999, for 9,000 steps), so that the untrained weights do not
+    stay in the average.
     """
     decay = min(decay, (1 + step) / (10 + step))
     for a, b in zip(average.state_dict().values(), model.state_dict().values()):

@@ -522,13 +522,22 @@ def test_a_run_on_codes_goes_on(pixelcnn, codes, command, refused):
     arrays = dict(np.load("away/codes.npz"))
     arrays["test_codes"][0, 0, 0] += 1
     np.savez_compressed("away/codes.npz", **arrays)
-    refused(pixelcnn, "--resume", run, "--n_epochs", 3, says=["other codes"])
+    refused(pixelcnn, "--resume", run, "--n_epochs", 3, says=["not started with the codes"])
 
 
 def test_bad_codes(pixelcnn, codes, small, images, refused):
     refused(pixelcnn, "--dataset", codes, "--binarize", *TINY, says=["--binarize"])
     of_images = train(pixelcnn, *small)
-    refused(pixelcnn, "--resume", of_images, "--dataset", codes, "--n_epochs", 2, says=["other codes"])
+    refused(
+        pixelcnn,
+        "--resume",
+        of_images,
+        "--dataset",
+        codes,
+        "--n_epochs",
+        2,
+        says=["not started with the codes"],
+    )
     of_codes = train(pixelcnn, "--dataset", codes, *TINY)
     refused(pixelcnn, "--resume", of_codes, "--dataset", images, "--n_epochs", 2, says=["codes.npz"])
     (codes / "decoder.pt2").unlink()

@@ -667,7 +667,7 @@ def test_bad_codes(pixelcnnpp, codes, refused):
     arrays = dict(np.load(codes / "codes.npz"))
     arrays["test_codes"][0, 0, 0] += 1
     np.savez_compressed(codes / "codes.npz", **arrays)
-    refused(pixelcnnpp, "--resume", run, "--n_epochs", 2, says=["other codes"])
+    refused(pixelcnnpp, "--resume", run, "--n_epochs", 2, says=["not started with the codes"])
     arrays["codes"] = arrays["codes"][:, :3, :3]
     arrays["test_codes"] = arrays["test_codes"][:, :3, :3]
     np.savez_compressed(codes / "codes.npz", **arrays)
