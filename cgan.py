@@ -116,10 +116,23 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 # ---------------------------------------------------------------- networks
 
 
+def level_dims(img_size: int, hidden_dim: int) -> list[int]:
+    """Channels at each level of --arch conv, from the image on.
+
+    A level has half the side of the one before, and twice the channels; the last has a side of 4 to 7, or an
+    odd one.
+    """
+    dims = []
+    while img_size % 2 == 0 and img_size >= 8:
+        img_size //= 2
+        dims.append(hidden_dim * 2 ** len(dims))
+    return dims
+
+
 class Generator(nn.Module):
     """Noise z (N, latent_dim) and labels (N,) -> images (N, channels, img_size, img_size) in [-1, 1].
 
-    --arch conv doubles the side of the images at each level and halves the channels, down to hidden_dim.
+    --arch conv doubles the side at each level, up to that of the images.
     """
 
     def __init__(
@@ -138,19 +151,12 @@ class Generator(nn.Module):
                 nn.Unflatten(1, (channels, img_size, img_size)),
             )  # fmt: skip
         else:
-            # From the image back to z: each pass puts a level in front of the others, which doubles the side.
-            # The last level takes hidden_dim channels, and each one before it twice as many.
-            side = img_size
-            n_in, n_out = hidden_dim, channels
-            layers = [nn.Tanh()]
-            while side % 2 == 0 and side >= 8:
-                up = [nn.BatchNorm2d(n_in), nn.ReLU(), nn.ConvTranspose2d(n_in, n_out, 4, 2, 1)]
-                layers = up + layers
-                n_in, n_out = 2 * n_in, n_in
-                side //= 2
-            # Now n_out and side are what the level in front takes.
-            first = [nn.Linear(z_dim, n_out * side**2), nn.Unflatten(1, (n_out, side, side))]
-            self.net = nn.Sequential(*first, *layers)
+            dims = level_dims(img_size, hidden_dim)
+            side = img_size // 2 ** len(dims)
+            layers = [nn.Linear(z_dim, dims[-1] * side**2), nn.Unflatten(1, (dims[-1], side, side))]
+            for n_in, n_out in itertools.pairwise([*reversed(dims), channels]):
+                layers += [nn.BatchNorm2d(n_in), nn.ReLU(), nn.ConvTranspose2d(n_in, n_out, 4, 2, 1)]
+            self.net = nn.Sequential(*layers, nn.Tanh())
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         return self.net(torch.cat([z, self.embed(labels)], dim=1))
@@ -164,7 +170,7 @@ class Discriminator(nn.Module):
     The class logits (N, n_classes), which say which class D takes the image for, are linear in h, too. (With
     "concat", h knows the label, so that there is nothing to classify.)
 
-    --arch conv halves the side of the images at each level and doubles the channels, from hidden_dim.
+    --arch conv halves the side of the images at each level.
     """
 
     def __init__(
@@ -175,11 +181,9 @@ class Discriminator(nn.Module):
         channels: int,
         hidden_dim: int,
         n_classes: int,
-        noise: float,
     ):
         super().__init__()
         self.conditioning = conditioning
-        self.noise = noise
         if conditioning == "concat":
             channels = channels + 1
         if arch == "mlp":
@@ -191,15 +195,11 @@ class Discriminator(nn.Module):
                 nn.Linear(512, 512), nn.LeakyReLU(0.2),
             )  # fmt: skip
         else:
-            # From the image to the coarsest level, as in G.
-            side = img_size // 2
-            dim = hidden_dim
-            layers = [nn.Conv2d(channels, dim, 4, 2, 1), nn.LeakyReLU(0.2)]
-            while side % 2 == 0 and side >= 8:
-                layers += [nn.Conv2d(dim, 2 * dim, 4, 2, 1), nn.BatchNorm2d(2 * dim), nn.LeakyReLU(0.2)]
-                dim *= 2
-                side //= 2
-            n_features = dim * side**2
+            dims = level_dims(img_size, hidden_dim)
+            n_features = dims[-1] * (img_size // 2 ** len(dims)) ** 2
+            layers = [nn.Conv2d(channels, dims[0], 4, 2, 1), nn.LeakyReLU(0.2)]
+            for n_in, n_out in itertools.pairwise(dims):
+                layers += [nn.Conv2d(n_in, n_out, 4, 2, 1), nn.BatchNorm2d(n_out), nn.LeakyReLU(0.2)]
             self.features = nn.Sequential(*layers, nn.Flatten())
         self.score = nn.Linear(n_features, 1)
         self.classify = nn.Linear(n_features, n_classes)
@@ -211,9 +211,6 @@ class Discriminator(nn.Module):
             nn.init.normal_(self.embed.weight, std=n_features**-0.5)
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        if self.training:
-            # Without noise, D could tell fakes by details: tanh seldom gives just -1, a digit's background.
-            images = images + self.noise * torch.randn_like(images)
         embedding = self.embed(labels)
         if self.conditioning == "concat":
             label_channel = embedding.view(-1, 1, *images.shape[2:])
@@ -245,9 +242,7 @@ def train(opt: Namespace) -> Path:
 
     torch.manual_seed(opt.seed)
     G = Generator(opt.arch, opt.img_size, opt.channels, opt.latent_dim, opt.hidden_dim, n_classes)
-    D = Discriminator(
-        opt.arch, opt.conditioning, opt.img_size, opt.channels, opt.hidden_dim, n_classes, opt.noise
-    )
+    D = Discriminator(opt.arch, opt.conditioning, opt.img_size, opt.channels, opt.hidden_dim, n_classes)
     G.to(device, memory_format=torch.channels_last)  # faster convolutions
     D.to(device, memory_format=torch.channels_last)
     G_avg = copy.deepcopy(G).eval().requires_grad_(False)  # for sample grids and load()
@@ -271,13 +266,16 @@ def train(opt: Namespace) -> Path:
             optimizer_G.param_groups[0]["lr"] = lr
             optimizer_D.param_groups[0]["lr"] = lr
             real = real[RANK::WORLD] / 127.5 - 1  # from 0..255 to [-1, 1]
+            # Without noise, D could tell fakes by details: tanh seldom gives just -1, a digit's background.
+            noise = opt.noise * torch.randn_like(real)
+            real = real + noise
             y = y[RANK::WORLD]  # fakes get the same labels: each class is as frequent in both
             z = torch.randn(len(real), opt.latent_dim, device=device)
 
             # generator; its fakes serve the discriminator's step, too
             D.requires_grad_(False)
             with autocast:
-                fake = G(z, y)
+                fake = G(z, y) + noise
                 fake_scores, fake_logits = D(fake, y)
             g_loss = (fake_scores.float() - 1).square().mean()
             g_loss = g_loss + opt.class_weight * cross_entropy(fake_logits.float(), y)
@@ -651,6 +649,7 @@ class Run:
         self.opt = opt
         self.loader = loader
         self.parts = parts
+        self.data = f"{len(loader.dataset)} images of {', '.join(opt.classes)}"
         self.last_step = opt.n_epochs * len(loader)
         self.step = 0
         self.log = []
@@ -670,11 +669,10 @@ class Run:
 
     def restore(self, state: dict) -> None:
         """Go back to where a checkpoint was written. Raises InputError if the data is not the same."""
-        before = f"{state['n_images']} images of {', '.join(state['options']['classes'])}"
-        now = f"{len(self.loader.dataset)} images of {', '.join(self.opt.classes)}"
-        if now != before:
+        if self.data != state["data"]:
             raise InputError(
-                f"{self.opt.dataset} has {shorten(now, 300)}; the run was started with {shorten(before, 300)}"
+                f"{self.opt.dataset} has {shorten(self.data, 300)}; "
+                f"the run was started with {shorten(state['data'], 300)}"
             )
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
@@ -720,7 +718,7 @@ class Run:
         state = {
             "script": SCRIPT,
             "options": json.loads(json.dumps(vars(self.opt), default=str)),  # a Path becomes a str
-            "n_images": len(self.loader.dataset),
+            "data": self.data,
             "step": self.step,
             "seconds": self.saved - self.start,
             "log": self.log,
@@ -755,8 +753,8 @@ class Run:
         self.save()
         paths = sorted(self.folder.glob("images/sample_*.png"))
         if RANK == 0 and paths:
-            chosen = torch.linspace(0, len(paths) - 1, min(len(paths), 100)).long()
-            first, *rest = [Image.open(paths[i]) for i in chosen]
+            every = len(paths) // 100 + 1
+            first, *rest = [Image.open(path) for path in paths[::every]]
             with replacing(self.folder / "sample.gif") as file:
                 first.save(file, save_all=True, append_images=rest, duration=100, loop=0)
         say(f'done; to train longer: --resume "{self.folder}" --n_epochs N')

@@ -736,6 +736,7 @@ class Run:
         self.opt = opt
         self.loader = loader
         self.parts = parts
+        self.data = f"{len(loader.dataset)} images of {', '.join(opt.classes)}"
         self.last_step = opt.n_epochs * len(loader)
         self.step = 0
         self.log = []
@@ -755,11 +756,10 @@ class Run:
 
     def restore(self, state: dict) -> None:
         """Go back to where a checkpoint was written. Raises InputError if the data is not the same."""
-        before = f"{state['n_images']} images of {', '.join(state['options']['classes'])}"
-        now = f"{len(self.loader.dataset)} images of {', '.join(self.opt.classes)}"
-        if now != before:
+        if self.data != state["data"]:
             raise InputError(
-                f"{self.opt.dataset} has {shorten(now, 300)}; the run was started with {shorten(before, 300)}"
+                f"{self.opt.dataset} has {shorten(self.data, 300)}; "
+                f"the run was started with {shorten(state['data'], 300)}"
             )
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
@@ -805,7 +805,7 @@ class Run:
         state = {
             "script": SCRIPT,
             "options": json.loads(json.dumps(vars(self.opt), default=str)),  # a Path becomes a str
-            "n_images": len(self.loader.dataset),
+            "data": self.data,
             "step": self.step,
             "seconds": self.saved - self.start,
             "log": self.log,
@@ -840,8 +840,8 @@ class Run:
         self.save()
         paths = sorted(self.folder.glob("images/sample_*.png"))
         if RANK == 0 and paths:
-            chosen = torch.linspace(0, len(paths) - 1, min(len(paths), 100)).long()
-            first, *rest = [Image.open(paths[i]) for i in chosen]
+            every = len(paths) // 100 + 1
+            first, *rest = [Image.open(path) for path in paths[::every]]
             with replacing(self.folder / "sample.gif") as file:
                 first.save(file, save_all=True, append_images=rest, duration=100, loop=0)
         say(f'done; to train longer: --resume "{self.folder}" --n_epochs N')

@@ -11,10 +11,10 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 CONDITIONING = ["projection", "concat"]
 
 
-def networks(cgan, arch="mlp", img_size=16, channels=1, conditioning="projection", noise=0.0):
+def networks(cgan, arch="mlp", img_size=16, channels=1, conditioning="projection"):
     torch.manual_seed(0)
     G = cgan.Generator(arch, img_size, channels, latent_dim=4, hidden_dim=8, n_classes=3)
-    D = cgan.Discriminator(arch, conditioning, img_size, channels, hidden_dim=8, n_classes=3, noise=noise)
+    D = cgan.Discriminator(arch, conditioning, img_size, channels, hidden_dim=8, n_classes=3)
     return G, D
 
 
@@ -124,20 +124,6 @@ def test_concat_gives_the_label_as_a_channel(cgan):
     assert torch.equal(seen[0], torch.cat([x, label_channel], dim=1))
 
 
-def test_noise_on_what_the_discriminator_sees(cgan):
-    """In training alone, new in each pass and for each pixel, with the deviation asked for."""
-    _, D = networks(cgan, img_size=64, noise=0.2)
-    seen = []
-    D.features.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    images = torch.zeros(20, 1, 64, 64)
-    labels = torch.zeros(20, dtype=torch.long)
-    for training in (True, True, False):
-        D.train(training)(images, labels)
-    assert not torch.equal(seen[0], seen[1]) and seen[0].mean().abs() < 0.01
-    assert seen[0].std().item() == pytest.approx(0.2, rel=0.02)
-    assert not seen[2].any()
-
-
 # ---------------------------------------------------------------- the training step
 
 
@@ -155,6 +141,17 @@ def one_step(cgan, small, recorded, monkeypatch):
         return *networks, checkpoint(run)
 
     return train
+
+
+def test_noise_on_what_the_discriminator_sees(one_step):
+    """On real images and on fakes, for each pixel, with the deviation asked for."""
+    _, D, _ = one_step("--noise", "0.2")
+    one_step("--noise", "0")
+    fake, real, same_fake, plain_fake, plain_real, _ = [inputs[0] for inputs in D.inputs]
+    assert torch.equal(fake, same_fake)
+    for noise in (fake - plain_fake, real - plain_real):
+        assert noise.mean().abs() < 0.01
+        assert noise.std().item() == pytest.approx(0.2, rel=0.03)
 
 
 @pytest.mark.parametrize("class_weight", [0.0, 0.7])
@@ -186,7 +183,7 @@ def test_a_step_is_that_of_the_textbook(one_step, conditioning, class_weight):
         for name, weight, gradient in zip(
             names, weights, torch.autograd.grad(loss, weights, materialize_grads=True)
         ):
-            torch.testing.assert_close(saved[name], (weight - gradient).detach(), msg=name)
+            torch.testing.assert_close(saved[name], (weight - gradient).detach(), rtol=1e-3, atol=1e-4)
 
 
 def test_what_the_networks_see(one_step):
