@@ -1,19 +1,15 @@
-"""The scripts as users run them, in processes of their own; and the commands of the README.
+"""The scripts as users run them, in processes of their own.
 
 The processes are those of the fixture `children`, which begin with the first test of all.
 """
 
-import importlib
-import re
-import shlex
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-from conftest import PIPES, ROOT, SCRIPTS, checkpoint
+from conftest import PIPES, checkpoint
 from PIL import Image
 
 
@@ -80,39 +76,3 @@ def test_stopped_at_any_moment_after_it_began(cgan, images, tmp_path):
     out, err = child.communicate(timeout=60)
     assert child.returncode == 130 and err == ""
     assert "a run that has begun continues with --resume RUN" in out
-
-
-# ---------------------------------------------------------------- the README
-
-README = (ROOT / "README.md").read_text()
-COMMAND = re.compile(rf"(?:python )?\b({'|'.join(SCRIPTS)})\.py((?: (?:-{{1,2}}\w+|[\w./…-]+))*)")
-
-
-def test_every_command_of_the_readme_can_be_typed(tmp_path, monkeypatch):
-    """Options in full and values that they take; of commands that resume a run, what can be told without
-    it.
-    """
-    monkeypatch.chdir(tmp_path)
-    commands = [(name, shlex.split(arguments)) for name, arguments in COMMAND.findall(README)]
-    assert len(commands) > 10
-    for name, arguments in commands:
-        script = importlib.import_module(name)
-        options = vars(script.parse_args([]))
-        arguments = [argument for argument in arguments if argument != "…"]
-        for argument in arguments:
-            if argument.startswith("--"):
-                assert argument.removeprefix("--").removeprefix("no-") in options, (name, argument)
-        if "--resume" not in arguments:
-            script.parse_args(arguments)
-
-
-def test_the_list_of_options_is_up_to_date():
-    """If not: python docs/write_options.py"""
-    sys.path.insert(0, str(ROOT / "docs"))
-    write_options = importlib.import_module("write_options")
-    assert (ROOT / "docs/options.md").read_text() == write_options.options_as_markdown()
-
-
-def test_readme_links_lead_somewhere():
-    for link in re.findall(r"\]\(([^)#]+)", README):
-        assert link.startswith("https://") or Path(ROOT, link).exists(), link
