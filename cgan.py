@@ -2,9 +2,10 @@
 
 The generator G turns noise z and a label y into an image. The discriminator D scores how real an image
 looks for its label. D pushes the scores of real images towards 1 and those of G's fakes towards 0;
-G pushes the scores of its fakes towards 1 (least squares). D also learns to classify real images, and G to
-have its fakes classified as their labels: C(x) is what D predicts for the class of x, H is the cross-entropy,
-and c is a small weight. Gaussian noise is added to every image that D sees.
+G pushes the scores of its fakes towards 1 (least squares). With --arch conv, D also learns to classify real
+images, and G to have its fakes classified as their labels: C(x) is what D predicts for the class of x, H is
+the cross-entropy, and c is a small weight (with --arch mlp, 0). Gaussian noise is added to every image that D
+sees.
 
     D minimises    E[(D(x, y) - 1)^2] / 2  +  E[D(G(z, y), y)^2] / 2  +  c E[H(C(x), y)]
     G minimises    E[(D(G(z, y), y) - 1)^2]  +  c E[H(C(G(z, y)), y)]
@@ -12,8 +13,8 @@ and c is a small weight. Gaussian noise is added to every image that D sees.
 Conditional GAN: Mirza & Osindero 2014, arXiv:1411.1784. Least squares: Mao et al. 2017, arXiv:1611.04076,
 equation 9, with twice the loss of G. Label in D: Miyato & Koyama 2018, arXiv:1802.05637. Classifier in D:
 Odena et al. 2017, arXiv:1610.09585, but trained on real images only. --arch conv follows DCGAN, Radford et
-al. 2015, arXiv:1511.06434. Noise on D's input: Sønderby et al. 2016, arXiv:1610.04490. Averaged weights:
-Yazici et al. 2018, arXiv:1806.04498.
+al. 2015, arXiv:1511.06434, with fewer channels and PyTorch's initial weights. Noise on D's input: Sønderby
+et al. 2016, arXiv:1610.04490. Averaged weights: Yazici et al. 2018, arXiv:1806.04498.
 
     python cgan.py --n_epochs 20                          # MNIST; built-in digits when offline
     python cgan.py --arch conv --dataset path/to/folder   # your images, one sub-folder per class
@@ -119,8 +120,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 def level_dims(img_size: int, hidden_dim: int) -> list[int]:
     """Channels at each level of --arch conv, from the image on.
 
-    A level has half the side of the one before, and twice the channels; the last has a side of 4 to 7, or an
-    odd one.
+    Each level halves the side, and has twice the channels of the one before. The last is the first whose side
+    is below 8 or odd.
     """
     dims = []
     while img_size % 2 == 0 and img_size >= 8:
@@ -130,9 +131,9 @@ def level_dims(img_size: int, hidden_dim: int) -> list[int]:
 
 
 class Generator(nn.Module):
-    """Noise z (N, latent_dim) and labels (N,) -> images (N, channels, img_size, img_size) in [-1, 1].
+    """Noise z (N, latent_dim), standard normal, and labels (N,) -> images (N, channels, img_size, img_size).
 
-    --arch conv doubles the side at each level, up to that of the images.
+    The images are in [-1, 1]. --arch conv doubles the side at each level, up to that of the images.
     """
 
     def __init__(
@@ -165,9 +166,9 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Images (N, channels, img_size, img_size) in [-1, 1] and labels (N,) -> scores (N, 1), class logits.
 
-    With conditioning "projection" the score is w.h(x) + e(y).h(x), for the features h of the image and
-    an embedding e of the label; with "concat" the label is embedded as one more channel of the image.
-    The class logits (N, n_classes), which say which class D takes the image for, are linear in h, too. (With
+    With conditioning "projection" the score is w.h(x) + b + e(y).h(x), for the features h of the image
+    and an embedding e of the label; with "concat" the label is embedded as one more channel of the image.
+    The class logits (N, n_classes) are linear in h, too; with --class_weight 0 they are not trained. (With
     "concat", h knows the label, so that there is nothing to classify.)
 
     --arch conv halves the side of the images at each level.
@@ -230,7 +231,7 @@ def train(opt: Namespace) -> Path:
         dist.init_process_group()
     device = find_device(opt.device)
     # For data of your own, replace this line. Images are uint8 (N, channels, img_size, img_size), labels
-    # (N,) are class numbers from 0, and classes is the list of their names.
+    # int64 (N,), class numbers from 0, and classes is the list of their names.
     images, labels, opt.classes = load_data(opt)
     opt.channels = images.shape[1]
     n_classes = len(opt.classes)
@@ -267,7 +268,7 @@ def train(opt: Namespace) -> Path:
             optimizer_D.param_groups[0]["lr"] = lr
             real = real[RANK::WORLD] / 127.5 - 1  # from 0..255 to [-1, 1]
             # Without noise, D could tell fakes by details: tanh seldom gives just -1, a digit's background.
-            noise = opt.noise * torch.randn_like(real)
+            noise = opt.noise * torch.randn_like(real)  # one draw, for real images and fakes alike
             real = real + noise
             y = y[RANK::WORLD]  # fakes get the same labels: each class is as frequent in both
             z = torch.randn(len(real), opt.latent_dim, device=device)
@@ -327,7 +328,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Generator:
 
 
 def generate(opt: Namespace) -> Path:
-    """Write opt.generate images, spread evenly over the classes, in one sub-folder per class."""
+    """Write opt.generate images, evenly over the classes (or opt.labels), in one sub-folder per class."""
     device = find_device(opt.device)
     G = load(opt.resume, device)
     folder = new_folder(Path(opt.resume, "generated"))

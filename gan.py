@@ -109,8 +109,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 def level_dims(img_size: int, hidden_dim: int) -> list[int]:
     """Channels at each level of --arch conv, from the image on.
 
-    A level has half the side of the one before, and twice the channels; the last has a side of 4 to 7, or an
-    odd one.
+    Each level halves the side, and has twice the channels of the one before. The last is the first whose side
+    is below 8 or odd.
     """
     dims = []
     while img_size % 2 == 0 and img_size >= 8:
@@ -191,7 +191,7 @@ def train(opt: Namespace) -> Path:
         dist.init_process_group()
     device = find_device(opt.device)
     # For data of your own, replace this line. Images are uint8 (N, channels, img_size, img_size), labels
-    # (N,) are class numbers from 0, which a GAN does not use, and classes is the list of their names.
+    # int64 (N,), class numbers from 0, which a GAN does not use, and classes is the list of their names.
     images, labels, opt.classes = load_data(opt)
     opt.channels = images.shape[1]
     # All images are kept on the device, as bytes.
@@ -221,7 +221,7 @@ def train(opt: Namespace) -> Path:
             optimizer_D.param_groups[0]["lr"] = lr
             real = real[RANK::WORLD] / 127.5 - 1  # from 0..255 to [-1, 1]
             # Without noise, D could tell fakes by details: tanh seldom gives just -1, a digit's background.
-            noise = opt.noise * torch.randn_like(real)
+            noise = opt.noise * torch.randn_like(real)  # one draw, for real images and fakes alike
             real = real + noise
             z = torch.randn(len(real), opt.latent_dim, device=device)
 

@@ -93,7 +93,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         "or a run of vqvae.py; images become grey")  # fmt: skip
     add("--data_dir", default="data", help="folder for downloaded data sets")
     add("--img_size", type=count, default=28, help="side of the images in pixels; codes have their own")
-    add("--binarize", action=ON_OFF, default=False, help="make each pixel black or white, at random")
+    add("--binarize", action=ON_OFF, default=False, help="draw each pixel black or white")
     add("--n_cpu", type=count, default=8, help="threads that read the images of a folder")
     add = p.add_argument_group("run").add_argument
     add("--out_dir", default=f"runs/{SCRIPT}", help="folder of a new run; if it exists, a number is added")
@@ -282,7 +282,7 @@ def load_codes(opt: Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training codes (N, 1, h, w) and labels (N,), then test codes and labels, of a run of vqvae.py.
 
     Sets the options that the codes determine: classes, n_values, img_size and codes_hash. Raises InputError
-    if the run has no codes, or not those with which the run to resume was started.
+    if the run has no codes, or not those with which the run to resume was started, and with --binarize.
     """
     file = Path(opt.dataset, "codes.npz")
     try:
@@ -331,7 +331,7 @@ def train(opt: Namespace) -> Path:
         images, labels, test_images, test_labels = load_codes(opt)
     else:
         # For data of your own, replace this line. Images are uint8 (N, 1, img_size, img_size), labels
-        # (N,) are class numbers from 0, and classes is the list of their names. Leave out --dataset: then
+        # int64 (N,), class numbers from 0, and classes is the list of their names. Leave out --dataset: then
         # every tenth image is for the test.
         images, labels, opt.classes = load_data(opt)
         images, labels, test_images, test_labels = hold_out(opt, images, labels)

@@ -95,7 +95,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--img_size", type=count, default=28,
         help="side of the images in pixels, a multiple of 4; codes have their own")  # fmt: skip
     add("--channels", type=int, choices=[1, 3], help="1: grey, 3: colour (default: the data's; a folder: 3)")
-    add("--binarize", action=ON_OFF, default=False, help="make each pixel black or white, at random")
+    add("--binarize", action=ON_OFF, default=False, help="draw each pixel black or white; one channel only")
     add("--n_cpu", type=count, default=8, help="threads that read the images of a folder")
     add = p.add_argument_group("run").add_argument
     add("--out_dir", default=f"runs/{SCRIPT}", help="folder of a new run; if it exists, a number is added")
@@ -171,7 +171,7 @@ def draw_from_mixture(out: Tensor, channels: int) -> Tensor:
 
 
 def normed(conv: nn.Module, dim: int = 0) -> nn.Module:
-    """Apply weight normalisation (arXiv:1602.07868); the scales start at 1. dim: the weight's outputs."""
+    """Apply weight normalisation (arXiv:1602.07868); the scales start at 1. dim is that of the outputs."""
     weight_norm(conv, dim=dim)
     nn.init.ones_(conv.parametrizations.weight.original0)
     return conv
@@ -358,7 +358,7 @@ def load_codes(opt: Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training codes (N, 1, h, w) and labels (N,), then test codes and labels, of a run of vqvae.py.
 
     Sets the options that the codes determine: classes, n_values, img_size and codes_hash. Raises InputError
-    if the run has no codes, or not those with which the run to resume was started.
+    if the run has no codes, or not those with which the run to resume was started, and with --binarize.
     """
     file = Path(opt.dataset, "codes.npz")
     try:
@@ -407,7 +407,7 @@ def train(opt: Namespace) -> Path:
         images, labels, test_images, test_labels = load_codes(opt)
     else:
         # For data of your own, replace this line. Images are uint8 (N, channels, img_size, img_size), labels
-        # (N,) are class numbers from 0, and classes is the list of their names. Leave out --dataset: then
+        # int64 (N,), class numbers from 0, and classes is the list of their names. Leave out --dataset: then
         # every tenth image is for the test.
         images, labels, opt.classes = load_data(opt)
         images, labels, test_images, test_labels = hold_out(opt, images, labels)

@@ -6,12 +6,13 @@ vectors e into an image x' like x. Training minimises a sum of three means, afte
 
     mean (x' - x)^2 / variance  +  mean (sg[z] - e)^2  +  0.25 mean (z - sg[e])^2
 
-The variance is that of all values of the training images, so that an x' that is their mean everywhere would
-cost 1. The operator sg[] stops the gradient: the second term, the codebook loss, moves only e, and the third,
-the commitment loss, only the encoder. Choosing the nearest vector has no gradient, so the decoder's gradient
-with respect to e is copied to z. By default (--codebook ema) there is no codebook loss: each vector of the
-codebook is a moving average of the z that chose it (appendix A.1). One that is hardly ever chosen is replaced
-by a random z of the batch, because otherwise most of the codebook might never be used.
+The variance is that of all values of the training images, estimated on 1,000 of them, so that an x' that is
+their mean everywhere would cost about 1. The operator sg[] stops the gradient: the second term, the codebook
+loss, moves only e, and the third, the commitment loss, only the encoder. Choosing the nearest vector has no
+gradient, so the decoder's gradient with respect to e is copied to z. By default (--codebook ema) there is no
+codebook loss: each vector of the codebook is a moving average of the z that chose it (appendix A.1). One that
+is hardly ever chosen is replaced by a random z of the batch, because otherwise most of the codebook might
+never be used.
 
 VQ-VAE: van den Oord et al. 2017, arXiv:1711.00937. --restart: Dhariwal et al. 2020, arXiv:2005.00341, and
 Zeghidour et al. 2021, arXiv:2107.03312. Averaged weights (--ema): Yazici et al. 2018, arXiv:1806.04498.
@@ -26,8 +27,8 @@ their labels ("codes", "labels") and those of the test images ("test_codes", "te
     codes = torch.from_numpy(numpy.load("runs/vqvae/codes.npz")["codes"][:64])
     images = torch.export.load("runs/vqvae/decoder.pt2").module()(codes.long())
 
-A run that was stopped has not written them yet. To end it after the epoch that it is in, give --resume
-runs/vqvae and --n_epochs 1.
+A run that was stopped has not written them yet. To have it write them, give --resume runs/vqvae and
+--n_epochs 1: it ends at once, or after its first epoch if it was stopped in that one.
 """
 
 # /// script
@@ -87,7 +88,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--restart", action=ON_OFF, default=True, help="replace vectors of the codebook that are hardly used")
     add("--n_embeddings", type=count, default=512, help="K, the number of codes")
     add("--latent_dim", type=count, default=64, help="size of each vector z, and of a code's vector")
-    add("--hidden_dim", type=number(int, 2), default=128, help="channels of the codes' grid; half before")
+    add("--hidden_dim", type=number(int, 2), default=128, help="channels at the codes' size; half if larger")
     add("--residual_dim", type=count, default=32, help="channels inside a residual block")
     add("--downsample", type=int, choices=[2, 4, 8], default=4, help="pixels per code along a side")
     add("--ema", type=fraction, default=0.999, help="decay rate of the averaged copy of the model; 0: off")
@@ -103,7 +104,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add = p.add_argument_group("data").add_argument
     add("--dataset", help="mnist (if not given), fashion_mnist, cifar10, digits or a folder of images")
     add("--data_dir", default="data", help="folder for downloaded data sets")
-    add("--img_size", type=count, default=32, help="side of the images in pixels; a multiple of --downsample")
+    add("--img_size", type=count, default=32,
+        help="side in pixels, a multiple of --downsample; for pixelcnnpp.py, of 4 times that")  # fmt: skip
     add("--channels", type=int, choices=[1, 3], help="1: grey, 3: colour (default: the data's; a folder: 3)")
     add("--n_cpu", type=count, default=8, help="threads that read the images of a folder")
     add = p.add_argument_group("run").add_argument
@@ -213,8 +215,8 @@ def update_codebook(model: VQVAE, z: Tensor, codes: Tensor, opt: Namespace) -> N
         total  = decay * total + (1 - decay) * (sum of the z that chose the code)
         vector = total / count
 
-    With --restart a vector whose count is below a tenth of the mean is replaced by a random z, and its count
-    set to that tenth.
+    With --restart a vector whose count is below a tenth of the batch's mean number of z per code is replaced
+    by a random z, and its count set to that tenth. In the first step every vector is replaced.
     """
     codebook = model.codebook
     counts = model.counts
@@ -285,7 +287,7 @@ def train(opt: Namespace) -> Path:
         dist.init_process_group()
     device = find_device(opt.device)
     # For data of your own, replace this line. Images are uint8 (N, channels, img_size, img_size), labels
-    # (N,) are class numbers from 0, and classes is the list of their names. Leave out --dataset: then
+    # int64 (N,), class numbers from 0, and classes is the list of their names. Leave out --dataset: then
     # every tenth image is for the test.
     images, labels, opt.classes = load_data(opt)
     images, labels, test_images, test_labels = hold_out(opt, images, labels)
@@ -410,7 +412,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> VQVAE:
 
 
 def generate(opt: Namespace) -> Path:
-    """Write opt.generate images of random codes, each drawn by itself, as often as it is used in training."""
+    """Write opt.generate images of random codes, drawn independently by their frequencies in training."""
     device = find_device(opt.device)
     model = load(opt.resume, device)
     folder = new_folder(Path(opt.resume, "generated"))
