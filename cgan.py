@@ -4,8 +4,8 @@ The generator G turns noise z and a label y into an image. The discriminator D s
 looks for its label. D pushes the scores of real images towards 1 and those of G's fakes towards 0;
 G pushes the scores of its fakes towards 1 (least squares). With --arch conv, D also learns to classify real
 images, and G to have its fakes classified as their labels: C(x) is what D predicts for the class of x, H is
-the cross-entropy, and c is a small weight (with --arch mlp, 0). Gaussian noise is added to every image that D
-sees.
+the cross-entropy, and c is a small weight (0 with --arch mlp, and with concat). Gaussian noise is added to
+every image that D sees.
 
     D minimises    E[(D(x, y) - 1)^2] / 2  +  E[D(G(z, y), y)^2] / 2  +  c E[H(C(x), y)]
     G minimises    E[(D(G(z, y), y) - 1)^2]  +  c E[H(C(G(z, y)), y)]
@@ -755,7 +755,8 @@ class Run:
         paths = sorted(self.folder.glob("images/sample_*.png"))
         if RANK == 0 and paths:
             every = len(paths) // 100 + 1
-            first, *rest = [Image.open(path) for path in paths[::every]]
+            last = len(paths) - 1
+            first, *rest = [Image.open(path) for path in paths[last % every :: every]]  # with the last one
             with replacing(self.folder / "sample.gif") as file:
                 first.save(file, save_all=True, append_images=rest, duration=100, loop=0)
         say(f'done; to train longer: --resume "{self.folder}" --n_epochs N')

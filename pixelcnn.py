@@ -841,7 +841,8 @@ class Run:
         paths = sorted(self.folder.glob("images/sample_*.png"))
         if RANK == 0 and paths:
             every = len(paths) // 100 + 1
-            first, *rest = [Image.open(path) for path in paths[::every]]
+            last = len(paths) - 1
+            first, *rest = [Image.open(path) for path in paths[last % every :: every]]  # with the last one
             with replacing(self.folder / "sample.gif") as file:
                 first.save(file, save_all=True, append_images=rest, duration=100, loop=0)
         say(f'done; to train longer: --resume "{self.folder}" --n_epochs N')
