@@ -4,6 +4,7 @@ users do.
 
 import functools
 import importlib
+import json
 import os
 import shutil
 import subprocess
@@ -206,25 +207,40 @@ assert state() == before
 """
 
 
+ONE_AFTER_ANOTHER = """
+import json, os, runpy, sys
+for folder, arguments in json.loads(sys.argv[1]):
+    os.chdir(folder)
+    sys.argv = ["mine.py", *arguments]
+    runpy.run_path("mine.py", run_name="__main__")
+"""
+
+
 @pytest.fixture(scope="session")
 def children(images, tmp_path_factory):
-    """Each script, copied alone into an empty folder and trained there: cgan without data; and a process
-    that imports all.
+    """Each script, copied alone into an empty folder and trained there: gives the folders and the processes.
+
+    cgan has a process of its own, and no data; the others share one, as torch takes seconds to import.
+    Another process imports all.
     """
+    folders = {name: tmp_path_factory.mktemp(name) for name in (*SCRIPTS, "imports")}
+    for name in SCRIPTS:
+        shutil.copy(ROOT / f"{name}.py", folders[name] / "mine.py")
     few = ["--n_epochs", "1", "--dataset", str(images), "--batch_size", "8", "--sample_interval", "4"]
-    options = {name: [*few, *SMALLER[name]] for name in SCRIPTS}
-    options["cgan"] = ["--n_epochs", "1", "--batch_size", "500", "--sample_interval", "10"]
-    started = {}
-    for name in (*SCRIPTS, "imports"):
-        folder = tmp_path_factory.mktemp(name)
-        command = ["-B", "-c", IMPORTS]
-        if name in SCRIPTS:
-            command = [shutil.copy(ROOT / f"{name}.py", folder / "mine.py"), *options[name]]
-        started[name] = folder, subprocess.Popen([sys.executable, *command], cwd=folder, **PIPES)
-    yield started
-    for _, child in started.values():
-        child.kill()
-        child.communicate()
+    others = [(str(folders[name]), [*few, *SMALLER[name]]) for name in SCRIPTS if name != "cgan"]
+    commands = {
+        "imports": ["-B", "-c", IMPORTS],
+        "cgan": ["mine.py", "--n_epochs", "1", "--batch_size", "500", "--sample_interval", "10"],
+        "others": ["-c", ONE_AFTER_ANOTHER, json.dumps(others)],
+    }
+    processes = {
+        name: subprocess.Popen([sys.executable, *command], cwd=folders.get(name, folders["vae"]), **PIPES)
+        for name, command in commands.items()
+    }
+    yield folders, processes
+    for process in processes.values():
+        process.kill()
+        process.communicate()
 
 
 @pytest.fixture(scope="session")
