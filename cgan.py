@@ -76,7 +76,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         help="c, the weight of the classification (default: 0.2 for conv, 0 for mlp and concat)")  # fmt: skip
     add("--hidden_dim", type=count, default=32, help="conv: channels of the layers next to the image")
     add("--latent_dim", type=count, default=100, help="size of z")
-    add("--noise", type=number(float, 0), default=0.1, help="standard deviation of the noise on D's input")
+    add("--noise", type=number(float, 0),
+        help="standard deviation of the noise on D's input (default: 0.1; conv with grey images: 0.3)")  # fmt: skip
     add("--ema", type=fraction, default=0.999, help="decay rate of G's averaged weights; 0: off")
     add = p.add_argument_group("training").add_argument
     add("--n_epochs", type=count, default=200, help="epochs in total, those before a resume included")
@@ -234,6 +235,8 @@ def train(opt: Namespace) -> Path:
     # int64 (N,), class numbers from 0, and classes is the list of their names.
     images, labels, opt.classes = load_data(opt)
     opt.channels = images.shape[1]
+    if opt.noise is None:  # noise that gives digits their variety is too much for photographs
+        opt.noise = 0.3 if opt.arch == "conv" and opt.channels == 1 else 0.1
     n_classes = len(opt.classes)
     if opt.n_classes not in (None, n_classes):
         raise InputError(f"--n_classes {opt.n_classes}: the data has {n_classes} classes")

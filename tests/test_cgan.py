@@ -143,6 +143,12 @@ def one_step(cgan, small, recorded, monkeypatch):
     return train
 
 
+@pytest.mark.parametrize("arch, channels, noise", [("conv", 1, 0.3), ("conv", 3, 0.1), ("mlp", 1, 0.1)])
+def test_the_data_decides_about_the_noise(one_step, arch, channels, noise):
+    *_, state = one_step("--arch", arch, "--channels", str(channels))
+    assert state["options"]["noise"] == noise
+
+
 def test_noise_on_what_the_discriminator_sees(one_step):
     """On real images and on fakes, for each pixel, with the deviation asked for."""
     _, D, _ = one_step("--noise", "0.2")
