@@ -77,7 +77,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--hidden_dim", type=count, default=32, help="conv: channels of the layers next to the image")
     add("--latent_dim", type=count, default=100, help="size of z")
     add("--noise", type=number(float, 0),
-        help="standard deviation of the noise on D's input (default: 0.1; conv with grey images: 0.3)")  # fmt: skip
+        help="deviation of the noise on D's input (default: 0.1; conv with grey images: 0.3)")  # fmt: skip
     add("--ema", type=fraction, default=0.999, help="decay rate of G's averaged weights; 0: off")
     add = p.add_argument_group("training").add_argument
     add("--n_epochs", type=count, default=200, help="epochs in total, those before a resume included")
@@ -216,10 +216,12 @@ class Discriminator(nn.Module):
         embedding = self.embed(labels)
         if self.conditioning == "concat":
             label_channel = embedding.view(-1, 1, *images.shape[2:])
-            h = self.features(torch.cat([images, label_channel], dim=1))
-            return self.score(h), self.classify(h)
+            images = torch.cat([images, label_channel], dim=1)
         h = self.features(images)
-        return self.score(h) + (embedding * h).sum(dim=1, keepdim=True), self.classify(h)
+        score = self.score(h)
+        if self.conditioning == "projection":
+            score = score + (embedding * h).sum(dim=1, keepdim=True)
+        return score, self.classify(h)
 
 
 # ---------------------------------------------------------------- training

@@ -33,6 +33,13 @@ def digits_once():
         importlib.import_module(name).draw_digits = draw
 
 
+@pytest.fixture(autouse=True)
+def no_codes_where_none_are_used(request, monkeypatch):
+    """Where all scripts are tested, vqvae.py writes neither codes nor decoder: that takes a second each."""
+    if request.module.__name__ in ("test_run", "test_bad_input", "test_plumbing"):
+        monkeypatch.setattr(importlib.import_module("vqvae"), "write_codes", lambda folder, **arrays: None)
+
+
 @pytest.fixture(params=SCRIPTS)
 def script(request):
     """Each script in turn, as a module."""

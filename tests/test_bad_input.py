@@ -148,15 +148,18 @@ def test_checkpoint_of_another_script(script, refused, trained):
     resume_fails(script, refused, trained, ["is a run of another.py", "use that"])
 
 
-def test_resume_against_the_saved_option(script, command, refused, trained):
+def test_resume_against_the_saved_option(script, refused, trained):
     options = checkpoint(trained)["options"]
     before = (trained / "checkpoint.pt").read_bytes()
     for name, value in (("lr", "0.5"), ("seed", "5"), ("batch_size", "4")):
         says = [f"--{name} {value}", f"this run has {options[name]}"]
         refused(script, "--resume", trained, f"--{name}", value, says=says)
     assert (trained / "checkpoint.pt").read_bytes() == before
-    lr = options["lr"]
-    assert command(script, "--resume", trained, "--lr", lr) == (0, [])  # the same is no contradiction
+
+
+def test_the_saved_option_again_is_no_contradiction(cgan, command, run):
+    lr = checkpoint(run)["options"]["lr"]
+    assert command(cgan, "--resume", run, "--lr", lr) == (0, [])
 
 
 def test_resume_with_other_images(script, refused, images, trained, tmp_path):

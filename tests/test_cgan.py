@@ -318,6 +318,8 @@ def test_it_learns_the_digits(cgan, tmp_path):
         "1",
         "--img_size",
         "16",
+        "--batch_size",
+        "128",
         "--out_dir",
         str(tmp_path / "run"),
     ]

@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import re
 import shlex
+import shutil
 import sys
 from unittest.mock import Mock
 
@@ -60,13 +61,16 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def small_runs(in_an_empty_folder, monkeypatch):
-    """And with a small run of each script; MNIST is not there, and few digits are."""
+def small_runs(in_an_empty_folder, tmp_path_factory, monkeypatch):
+    """And with a small run of each script, trained once; MNIST is not there, and few digits are."""
+    kept = tmp_path_factory.getbasetemp() / "small_runs"
     for name in SCRIPTS:
         script = importlib.import_module(name)
-        options = ["--dataset", "path/to/folder", *SMALL, *SMALLER[name], "--n_epochs", "1"]
-        script.train(script.parse_args(options))
+        if not (kept / name).exists():
+            options = ["--dataset", "path/to/folder", *SMALL, *SMALLER[name], "--n_epochs", "1"]
+            shutil.copytree(script.train(script.parse_args(options)), kept / name)
         monkeypatch.setattr(script, "draw_digits", few_digits)
+    shutil.copytree(kept, "runs", dirs_exist_ok=True)
 
 
 def few_digits(n):
