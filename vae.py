@@ -79,7 +79,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     p = ArgumentParser(usage="%(prog)s [options]", description=__doc__, formatter_class=Help)
     add = p.add_argument_group("model").add_argument
     add("--arch", choices=["burgess", "conv", "vanilla", "mlp"], default="burgess",
-        help="burgess, conv, vanilla: convolutional with 2, 4, 5 levels; mlp: fully connected")  # fmt: skip
+        help="burgess, conv, vanilla: three convolutional networks; mlp: a fully connected one")  # fmt: skip
     add("--conditional", action=ON_OFF, default=False, help="give the label to encoder and decoder")
     add("--likelihood", choices=["bernoulli", "gaussian"],
         help="p(x|z) of a pixel; if not given: bernoulli for grey images, gaussian for colour")  # fmt: skip
@@ -191,20 +191,25 @@ class VAE(nn.Module):
                 up(512, 256, 4), up(256, 128, 4), up(128, 64, 4),
                 nn.ConvTranspose2d(64, channels, 4, 2, 1),
             )  # fmt: skip
-        else:  # Burgess et al. 2018, arXiv:1804.03599, with fewer levels and with SiLU
+        else:  # Burgess et al. 2018, arXiv:1804.03599, with SiLU, and with levels down to about 8 x 8 pixels
             side = img_size // 4
+            encoder = [nn.Conv2d(n_in, 32, 4, 2, 1), nn.SiLU(), nn.Conv2d(32, 64, 4, 2, 1), nn.SiLU()]
+            decoder = [nn.ConvTranspose2d(64, 32, 4, 2, 1), nn.SiLU()]
+            decoder += [nn.ConvTranspose2d(32, channels, 4, 2, 1)]
+            while side > 8 and side % 2 == 0:  # so that the linear layers do not grow with the images
+                side //= 2
+                encoder += [nn.Conv2d(64, 64, 4, 2, 1), nn.SiLU()]
+                decoder = [nn.ConvTranspose2d(64, 64, 4, 2, 1), nn.SiLU(), *decoder]
             n_features = 256
             self.encoder = nn.Sequential(
-                nn.Conv2d(n_in, 32, 4, 2, 1), nn.SiLU(),
-                nn.Conv2d(32, 64, 4, 2, 1), nn.SiLU(),
+                *encoder,
                 nn.Flatten(),
                 nn.Linear(64 * side**2, 256), nn.SiLU(),
             )  # fmt: skip
             self.decoder = nn.Sequential(
                 nn.SiLU(), nn.Linear(256, 64 * side**2), nn.SiLU(),
                 nn.Unflatten(1, (64, side, side)),
-                nn.ConvTranspose2d(64, 32, 4, 2, 1), nn.SiLU(),
-                nn.ConvTranspose2d(32, channels, 4, 2, 1),
+                *decoder,
             )  # fmt: skip
         self.mu = nn.Linear(n_features, latent_dim)
         self.logvar = nn.Linear(n_features, latent_dim)

@@ -380,6 +380,7 @@ def test_the_normal_prior_is_standard(vae, small):
 SIZES = [
     ("burgess", 16),
     ("burgess", 28),
+    ("burgess", 64),
     ("mlp", 13),
     ("vanilla", 13),
     ("vanilla", 28),
@@ -419,6 +420,25 @@ def test_burgess_by_hand(vae):
     linear, first, second = layers_of(model.decoder)
     h = F.silu(linear(F.silu(model.decode_z(z)))).view(4, 64, 4, 4)
     torch.testing.assert_close(model.decode(z, None), second(F.silu(first(h))))
+
+
+def test_burgess_has_a_level_more_for_images_twice_as_large(vae):
+    """64 pixels become 32, 16 and 8, and 8 pixels 16, 32 and 64."""
+    model = make_model(vae, "burgess", 64)
+    h, z = torch.randn(4, 1, 64, 64), torch.randn(4, 3)
+    wanted = model.encode(h, None)
+    *convolutions, linear = layers_of(model.encoder)
+    for convolution, side in zip(convolutions, (32, 16, 8), strict=True):
+        h = F.silu(convolution(h))
+        assert h.shape[2:] == (side, side)
+    h = F.silu(linear(h.flatten(1)))
+    torch.testing.assert_close(wanted, (model.mu(h), model.logvar(h)))
+    linear, *convolutions, last = layers_of(model.decoder)
+    h = F.silu(linear(F.silu(model.decode_z(z)))).view(4, 64, 8, 8)
+    assert len(convolutions) == 2
+    for convolution in convolutions:
+        h = F.silu(convolution(h))
+    torch.testing.assert_close(model.decode(z, None), last(h))
 
 
 def test_mlp_by_hand(vae):
