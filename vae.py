@@ -8,17 +8,18 @@ image, with the prior p(z) = N(0, 1):
 
 E_q is estimated with one sample of z per image. --beta weights the KL; if it is not 1, the training
 objective is no longer the ELBO, but the log still reports the ELBO. With --conditional, encoder and decoder
-are given the label, and the ELBO bounds log p(x|label). What this is depends on the likelihood, and its value
-on the size of the images:
+are given the label, and the ELBO bounds log p(x|label).
+
+What log p(x) is depends on the likelihood. Compare ELBOs only of the same likelihood and size of images:
 
     gaussian                the log-density of pixels scaled to [0, 1]
     bernoulli, --binarize   the log-probability of a binary image
     bernoulli               no likelihood of x: pixels between 0 and 1 are taken as probabilities, and the
                             ELBO bounds E[log p(b)], where b is a binary image drawn with them.
-                            Compare it only with runs of the same likelihood.
 
 New images are the mean of p(x|z), for z drawn from a Gaussian that is fitted to the encoded training images
-of each class, anew for each sample grid; or, before the first grid and with --prior normal, from p(z).
+of each class, anew for each sample grid; or, before the first grid and with --prior normal, from p(z). The
+KL is always that to p(z).
 
 VAE: Kingma & Welling 2013, arXiv:1312.6114, equation 10. Beta: Higgins et al. 2017. Optimal variance: Rybkin
 et al. 2020, arXiv:2006.13202. Conditional VAE: Sohn et al. 2015. Fitted prior: Ghosh et al. 2019,
@@ -79,7 +80,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     p = ArgumentParser(usage="%(prog)s [options]", description=__doc__, formatter_class=Help)
     add = p.add_argument_group("model").add_argument
     add("--arch", choices=["burgess", "conv", "vanilla", "mlp"], default="burgess",
-        help="burgess, conv, vanilla: three convolutional networks; mlp: a fully connected one")  # fmt: skip
+        help="convolutional: burgess (small), conv (four levels), vanilla (five); mlp: fully connected")  # fmt: skip
     add("--conditional", action=ON_OFF, default=False, help="give the label to encoder and decoder")
     add("--likelihood", choices=["bernoulli", "gaussian"],
         help="p(x|z) of a pixel; if not given: bernoulli for grey images, gaussian for colour")  # fmt: skip
@@ -87,7 +88,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         help="train on binary images, drawn anew each time with the pixels as probabilities")  # fmt: skip
     add("--beta", type=number(float, 0), default=1.0, help="weight of the KL in the loss; 1: the ELBO")
     add("--prior", choices=["fitted", "normal"], default="fitted",
-        help="z of new images: from a Gaussian fitted to each class, or from N(0, 1)")  # fmt: skip
+        help="z of new images only: from a Gaussian fitted to each class, or from N(0, 1)")  # fmt: skip
     add("--latent_dim", type=count, default=32, help="size of z")
     add("--ema", type=fraction, default=0.999, help="decay rate of the averaged weights; 0: off")
     add = p.add_argument_group("training").add_argument
@@ -122,6 +123,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         if opt.likelihood == "gaussian":
             p.error("--binarize needs --likelihood bernoulli")
         opt.likelihood = "bernoulli"
+    if opt.generate and opt.reconstruct:
+        p.error("either --generate or --reconstruct")
     if opt.labels and not opt.generate:
         p.error("--labels needs --generate N")
     for name in opt.labels or []:
@@ -156,6 +159,7 @@ class VAE(nn.Module):
         super().__init__()
         self.conditional = conditional
         n_in = channels + 1 if conditional else channels  # the label's embedding is a channel
+        # The encoder ends with n_features numbers, and the decoder begins with as many, made of z by decode_z.
         if arch == "mlp":  # as in Kingma & Welling, appendix C, but with ReLU
             n_features = 400
             self.encoder = nn.Sequential(
@@ -179,7 +183,7 @@ class VAE(nn.Module):
                 nn.Conv2d(32, channels, 3, 1, 1),
                 v2.CenterCrop(img_size),  # the levels end with 32 * side pixels
             )  # fmt: skip
-        elif arch == "conv":
+        elif arch == "conv":  # four levels, with the kernels and channels of DCGAN
             side = img_size // 16
             n_features = 512 * side**2
             self.encoder = nn.Sequential(
@@ -191,12 +195,14 @@ class VAE(nn.Module):
                 up(512, 256, 4), up(256, 128, 4), up(128, 64, 4),
                 nn.ConvTranspose2d(64, channels, 4, 2, 1),
             )  # fmt: skip
-        else:  # Burgess et al. 2018, arXiv:1804.03599, with SiLU, and with levels down to about 8 x 8 pixels
+        else:  # after Burgess et al. 2018, arXiv:1804.03599, with other channels and SiLU
             side = img_size // 4
             encoder = [nn.Conv2d(n_in, 32, 4, 2, 1), nn.SiLU(), nn.Conv2d(32, 64, 4, 2, 1), nn.SiLU()]
             decoder = [nn.ConvTranspose2d(64, 32, 4, 2, 1), nn.SiLU()]
             decoder += [nn.ConvTranspose2d(32, channels, 4, 2, 1)]
-            while side > 8 and side % 2 == 0:  # so that the linear layers do not grow with the images
+            # More levels for larger images, so that the linear layers stay small: 64 or 96 pixels end with 8
+            # or 6, but 100 with 25, which is odd.
+            while side > 8 and side % 2 == 0:
                 side //= 2
                 encoder += [nn.Conv2d(64, 64, 4, 2, 1), nn.SiLU()]
                 decoder = [nn.ConvTranspose2d(64, 64, 4, 2, 1), nn.SiLU(), *decoder]
@@ -266,7 +272,7 @@ class Prior(nn.Module):
             self.mean[k] = mu.mean(dim=0)
             deviations = (mu - self.mean[k]) / len(mu) ** 0.5
             variance = logvar.exp().mean(dim=0)
-            # The covariance is rows.T @ rows. With rows = Q @ R it is R.T @ R, which R.T @ noise has.
+            # The covariance is rows.T @ rows. With rows = Q @ R it is R.T @ R, the covariance of R.T @ noise.
             rows = torch.cat([deviations, variance.sqrt().diag()])
             self.scale[k] = torch.linalg.qr(rows.cpu(), mode="r").R.T
 
@@ -279,10 +285,10 @@ class Prior(nn.Module):
 
 
 def log_likelihood(x: Tensor, logits: Tensor, likelihood: str, variance: Tensor) -> Tensor:
-    """log p(x|z) per image, in nats (N,), with p = sigmoid(logit) for each pixel.
+    """log p(x|z) per image, in nats (N,), where the mean of a pixel is m = sigmoid(logit).
 
-    bernoulli: the pixel is 1 with probability p:  x log p + (1 - x) log(1 - p)
-    gaussian: it is from N(p, variance):  -((x - p)^2 / variance + log(2 pi variance)) / 2
+    bernoulli: the pixel is 1 with probability m:  x log m + (1 - x) log(1 - m)
+    gaussian: it is from N(m, variance):  -((x - m)^2 / variance + log(2 pi variance)) / 2
     """
     if likelihood == "bernoulli":
         log_lik = -nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
@@ -351,7 +357,7 @@ def train(opt: Namespace) -> Path:
     images, labels, opt.classes = load_data(opt)
     images, labels, test_images, test_labels = hold_out(opt, images, labels)
     if opt.prior == "normal" and not opt.conditional:
-        opt.classes = ["all"]  # such a model cannot tell classes apart
+        opt.classes = ["all"]  # nothing in such a model depends on the label
     n_classes = len(opt.classes)
     opt.channels = images.shape[1]
     if opt.likelihood is None:
@@ -391,7 +397,7 @@ def train(opt: Namespace) -> Path:
                 logits, mu, logvar = model(x, y)
             logits = logits.float()
             if opt.likelihood == "gaussian":
-                model.variance.copy_(best_variance(x, logits))  # averaged, too, as the weights are
+                model.variance.copy_(best_variance(x, logits))  # model_avg has its moving average
             log_lik = log_likelihood(x, logits, opt.likelihood, model.variance).mean()
             kl = kl_divergence(mu.float(), logvar.float()).mean()
             loss = opt.beta * kl - log_lik
@@ -408,7 +414,7 @@ def train(opt: Namespace) -> Path:
                 z = prior.sample(grid_noise, grid_labels)
                 run.save_grid("sample", model_avg.decode(z, grid_labels).sigmoid(), 10)
                 pairs = torch.cat([grid_x, model_avg.reconstruct(grid_x, grid_y)])
-                run.save_grid("recon", pairs, len(grid_x))
+                run.save_grid("recon", pairs, len(grid_x))  # the test images, and below them the model's
                 run.record(test_elbo=test(model_avg, test_images, test_labels, opt))
             run.save_if_due()
         n_done = 0
@@ -422,11 +428,13 @@ def train(opt: Namespace) -> Path:
 def load(folder: str | Path, device: str | torch.device = "cpu") -> VAE:
     """The averaged model of a run, in eval mode, with the run's options as `model.options`.
 
-    For images x in [0, 1], which are 0 or 1 with --binarize, and labels k of model.options.classes[k]:
+    For images x in [0, 1], which are 0 or 1 with --binarize, and labels k of model.options.classes[k], all
+    on the model's device:
 
         mu, logvar = model.encode(x, labels)
         images = model.reconstruct(x, labels)
-        z = model.prior.sample(torch.randn(len(labels), model.options.latent_dim), labels)
+        noise = torch.randn(len(labels), model.options.latent_dim, device=labels.device)
+        z = model.prior.sample(noise, labels)
         images = model.decode(z, labels).sigmoid()  # new ones
 
     Raises InputError if the folder is not that of a run of this script.
@@ -460,9 +468,10 @@ def generate(opt: Namespace) -> Path:
 
 
 def reconstruct(opt: Namespace) -> Path:
-    """Write each image of the folder opt.reconstruct beside its reconstruction, in the order of their paths.
+    """Write each image of the folder opt.reconstruct beside its reconstruction.
 
-    With --conditional, sub-folders are classes. Raises InputError if one is none of the run's.
+    The files are numbered in the order of the images' paths. With --conditional, sub-folders are classes.
+    Raises InputError if one is none of the run's.
     """
     device = find_device(opt.device)
     model = load(opt.resume, device)
@@ -470,13 +479,14 @@ def reconstruct(opt: Namespace) -> Path:
     opt.dataset = opt.reconstruct
     images, labels, names = load_folder(opt)
     if opt.conditional:
-        unknown = set(names) - set(opt.classes)
-        if unknown:
-            raise InputError(f'"{opt.reconstruct}": these sub-folders are no classes: {sorted(unknown)}')
+        if not set(names) <= set(opt.classes):
+            classes = shorten(", ".join(opt.classes), 400)
+            raise InputError(f'"{opt.reconstruct}": its sub-folders must be classes of the run: {classes}')
         labels = torch.tensor([opt.classes.index(names[k]) for k in labels])
     folder = new_folder(Path(opt.resume, "reconstructed"))
+    torch.manual_seed(opt.seed)
     for i in range(len(images)):
-        x = images[i : i + 1].to(device) / 255
+        x = to_x(images[i : i + 1].to(device), opt.binarize)
         y = labels[i : i + 1].to(device)
         with replacing(folder / f"{i:06}.png") as file:
             save_image(torch.cat([x, model.reconstruct(x, y)], dim=3), file)

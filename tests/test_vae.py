@@ -724,10 +724,24 @@ def test_reconstruct(vae, small, images, command, refused, tmp_path, conditional
     refused(vae, "--resume", run, "--reconstruct", tmp_path / "none", says=[tmp_path / "none", "no images"])
     grey = make_folder(tmp_path / "grey", classes=["one"], mode="L")  # grey images for a colour model
     if conditional:  # "one" is none of its classes: it would take a wrong label
-        refused(vae, "--resume", run, "--reconstruct", grey, says=[grey, "are no classes", "one"])
+        refused(
+            vae, "--resume", run, "--reconstruct", grey, says=[grey, "must be classes", "blue, green, red"]
+        )
     else:
         assert command(vae, "--resume", run, "--reconstruct", grey) == (0, [])
         assert len(list((run / "reconstructed-3").iterdir())) == 18
+
+
+def test_a_binary_model_is_given_binary_images(vae, small, images, command):
+    run = vae.train(vae.parse_args([*small, "--n_epochs", "1", "--binarize", "--channels", "1"]))
+    assert command(vae, "--resume", run, "--reconstruct", images) == (0, [])
+    left = pil_to_tensor(Image.open(run / "reconstructed/000000.png"))[:, :, :16]
+    assert set(left.unique().tolist()) <= {0, 255}
+
+
+def test_one_use_at_a_time(vae, small, images, refused):
+    run = vae.train(vae.parse_args([*small, "--n_epochs", "1"]))
+    refused(vae, "--resume", run, "--generate", 2, "--reconstruct", images, says=["either"])
 
 
 def test_it_learns_the_digits(vae, tmp_path, monkeypatch):
