@@ -234,7 +234,7 @@ def train(opt: Namespace) -> Path:
         dist.init_process_group()
     device = find_device(opt.device)
     # For data of your own, replace this line. Images are uint8 (N, channels, img_size, img_size), labels
-    # int64 (N,), class numbers from 0, and classes is the list of their names.
+    # int64 (N,), class numbers from 0, and classes is the list of their names, which become names of folders.
     images, labels, opt.classes = load_data(opt)
     opt.channels = images.shape[1]
     if opt.noise is None:  # noise that gives digits their variety is too much for photographs

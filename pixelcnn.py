@@ -11,11 +11,12 @@ A value is one of 256 grey levels, of black and white (--binarize), or of the co
 images are converted to grey: pixelcnnpp.py draws colours. Codes keep the colours of their decoder.
 
 --arch pixelcnn: van den Oord et al. 2016, arXiv:1601.06759. It has a blind spot: part of what is above and
-to the right never reaches it. --arch gated: van den Oord et al. 2016, arXiv:1606.05328. It has none: one
-stack of layers sees the rows above, another the positions to the left. Both see n_layers + 3 rows up.
+to the right of a position never reaches it. --arch gated: van den Oord et al. 2016, arXiv:1606.05328. It has
+no blind spot: one stack of layers sees the rows above, another the positions to the left. A position sees
+n_layers + 3 rows up with either arch, 11 by default.
 
 Codes: van den Oord et al. 2017, arXiv:1711.00937. Averaged weights: Polyak & Juditsky 1992. Beyond these
-papers, values are embedded, and each position has a bias of its own.
+papers, values are embedded, each position has a bias of its own, and --arch pixelcnn knows labels, too.
 
     python pixelcnn.py --binarize --n_epochs 5    # MNIST in black and white; built-in digits when offline
     python pixelcnn.py --dataset runs/vqvae       # the codes of a run of vqvae.py
@@ -93,14 +94,14 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         "or a run of vqvae.py; images become grey")  # fmt: skip
     add("--data_dir", default="data", help="folder for downloaded data sets")
     add("--img_size", type=count, default=28, help="side of the images in pixels; codes have their own")
-    add("--binarize", action=ON_OFF, default=False, help="draw each pixel black or white")
+    add("--binarize", action=ON_OFF, default=False, help="make pixels black or white at random by their grey")
     add("--n_cpu", type=count, default=8, help="threads that read the images of a folder")
     add = p.add_argument_group("run").add_argument
     add("--out_dir", default=f"runs/{SCRIPT}", help="folder of a new run; if it exists, a number is added")
     add("--sample_interval", type=count, default=4000, help="steps between tests, sample grids and log rows")
     add("--resume", metavar="RUN", help="continue the run in this folder, with its options")
     add("--generate", type=count, metavar="N", help="with --resume: write N images instead of training")
-    p.set_defaults(channels=1, codes_hash=None)  # not typed: images are grey; load_codes() sets the hash
+    p.set_defaults(channels=1, codes_hash=None)  # no options: images are grey, load_codes() sets the hash
     return parse_and_check(p, argv)
 
 
@@ -108,17 +109,17 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 class PixelCNN(nn.Module):
-    """What both networks share: the probability p(x) of values x (N, 1, size, size), int64, below n_values.
+    """What both networks share: p(x) of values x (N, 1, size, size), int64, from 0 to n_values - 1.
 
     model(x, labels) gives the logits (N, n_values, H, W) of the value at each position, given those before
-    it; x may be the first rows only. Labels (N,) are used only if n_classes > 0: then it is p(x | label).
+    it; x may be the first rows only. Labels (N,), int64, are used only if n_classes > 0: for p(x | label).
     """
 
     def __init__(self, n_values: int, size: int, hidden_dim: int):
         super().__init__()
         self.n_values = n_values
         self.size = size
-        self.decoder = None  # of codes: the file decoder.pt2
+        self.decoder = None  # the path of decoder.pt2, if the values are codes
         self.embed = nn.Embedding(n_values, min(n_values, hidden_dim))
         self.position_bias = nn.Parameter(torch.zeros(1, hidden_dim, size, size))
         self.out = nn.Sequential(
@@ -140,7 +141,7 @@ class PixelCNN(nn.Module):
 
     @torch.no_grad()
     def sample(self, labels: Tensor) -> Tensor:
-        """Draw values x (N, 1, size, size), one for each label (N,).
+        """Draw values x (N, 1, size, size), int64, one for each label (N,), int64.
 
         Raises InputError if the output of the network is not finite.
         """
@@ -156,14 +157,15 @@ class PixelCNN(nn.Module):
         return x
 
     def start_row(self, x: Tensor, labels: Tensor) -> tuple[Tensor, None]:
-        """The x and above with which forward() gives the logits of the last row of x, at any position."""
+        """What to give to forward() for the logits of the last row of x: x or a part of it, and `above`."""
         return x, None
 
 
 class MaskedConv(nn.Conv2d):
     """A convolution in which only the first n_seen of the kernel_size^2 positions count, from the top left.
 
-    kernel_size^2 // 2 are those before its own (the paper's mask A); one more is its own, too (mask B).
+    n_seen = kernel_size^2 // 2: those before the centre (mask A of the paper); one more: the centre, too
+    (mask B).
     """
 
     def __init__(self, n_in: int, n_out: int, kernel_size: int, n_seen: int):
@@ -192,7 +194,7 @@ class MaskedPixelCNN(PixelCNN):
             ))  # fmt: skip
 
     def forward(self, x: Tensor, labels: Tensor, above=None) -> Tensor:
-        """above is not used: drawing, too, starts from all rows."""
+        """above is not used: each position is drawn from all rows drawn so far."""
         e = self.embed(x[:, 0]).movedim(-1, 1)
         h = add_bias(self.first(e), self.label_bias, labels) + self.position_bias[:, :, : x.shape[2]]
         for block in self.blocks:
@@ -214,7 +216,7 @@ class GatedPixelCNN(PixelCNN):
         self.layers = nn.ModuleList(GatedLayer(hidden_dim, n_classes) for _ in range(n_layers))
 
     def forward(self, x: Tensor, labels: Tensor, above: list[Tensor] | None = None) -> Tensor:
-        """above: the output of vertical(), if it is known. See start_row(): x may then be one row."""
+        """above: the output of vertical() for the rows of x, if it is known, as for that of start_row()."""
         e = self.embed(x[:, 0]).movedim(-1, 1)
         h = self.first_horizontal(F.pad(e[..., :-1], (3, 0)))  # column j sees columns j - 3 to j - 1
         for layer, from_above in zip(self.layers, above or self.vertical(x, labels)):
@@ -282,7 +284,7 @@ def load_codes(opt: Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training codes (N, 1, h, w) and labels (N,), then test codes and labels, of a run of vqvae.py.
 
     Sets the options that the codes determine: classes, n_values, img_size and codes_hash. Raises InputError
-    if the run has no codes, or not those with which the run to resume was started, and with --binarize.
+    if there are no codes, if a resumed run was started with others, and with --binarize.
     """
     file = Path(opt.dataset, "codes.npz")
     try:
@@ -291,7 +293,7 @@ def load_codes(opt: Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         raise InputError(f'"{file}", the codes of a run of vqvae.py, cannot be read ({e})') from e
     codes_hash = hashlib.sha256(arrays["codes"].tobytes() + arrays["test_codes"].tobytes()).hexdigest()
     if opt.resume is not None and codes_hash != opt.codes_hash:
-        raise InputError(f'the run was not started with the codes in "{file}"')
+        raise InputError(f'"{opt.resume}" was not started with the codes in "{file}"')
     if opt.binarize:
         raise InputError("--binarize is for images, not for codes")
     opt.codes_hash = codes_hash
@@ -331,8 +333,8 @@ def train(opt: Namespace) -> Path:
         images, labels, test_images, test_labels = load_codes(opt)
     else:
         # For data of your own, replace this line. Images are uint8 (N, 1, img_size, img_size), labels
-        # int64 (N,), class numbers from 0, and classes is the list of their names. Leave out --dataset: then
-        # every tenth image is for the test.
+        # int64 (N,), class numbers from 0, and classes is the list of their names, which become names of
+        # folders. Leave out --dataset: then every tenth image is for the test.
         images, labels, opt.classes = load_data(opt)
         images, labels, test_images, test_labels = hold_out(opt, images, labels)
         opt.n_values = 2 if opt.binarize else 256

@@ -95,7 +95,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--img_size", type=count, default=28,
         help="side of the images in pixels, a multiple of 4; codes have their own")  # fmt: skip
     add("--channels", type=int, choices=[1, 3], help="1: grey, 3: colour (default: the data's; a folder: 3)")
-    add("--binarize", action=ON_OFF, default=False, help="draw each pixel black or white; one channel only")
+    add("--binarize", action=ON_OFF, default=False, help="make pixels black or white at random by their grey")
     add("--n_cpu", type=count, default=8, help="threads that read the images of a folder")
     add = p.add_argument_group("run").add_argument
     add("--out_dir", default=f"runs/{SCRIPT}", help="folder of a new run; if it exists, a number is added")
@@ -256,7 +256,7 @@ class PixelCNNpp(nn.Module):
         self.n_values = n_values
         self.channels = channels
         self.size = size
-        self.decoder = None  # of codes: the file decoder.pt2
+        self.decoder = None  # the path of decoder.pt2, if the values are codes
         if softmax:
             n_in = min(n_values, dim)
             n_out = n_values
@@ -358,7 +358,7 @@ def load_codes(opt: Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training codes (N, 1, h, w) and labels (N,), then test codes and labels, of a run of vqvae.py.
 
     Sets the options that the codes determine: classes, n_values, img_size and codes_hash. Raises InputError
-    if the run has no codes, or not those with which the run to resume was started, and with --binarize.
+    if there are no codes, if a resumed run was started with others, and with --binarize.
     """
     file = Path(opt.dataset, "codes.npz")
     try:
@@ -367,7 +367,7 @@ def load_codes(opt: Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         raise InputError(f'"{file}", the codes of a run of vqvae.py, cannot be read ({e})') from e
     codes_hash = hashlib.sha256(arrays["codes"].tobytes() + arrays["test_codes"].tobytes()).hexdigest()
     if opt.resume is not None and codes_hash != opt.codes_hash:
-        raise InputError(f'the run was not started with the codes in "{file}"')
+        raise InputError(f'"{opt.resume}" was not started with the codes in "{file}"')
     if opt.binarize:
         raise InputError("--binarize is for images, not for codes")
     opt.codes_hash = codes_hash
@@ -407,8 +407,8 @@ def train(opt: Namespace) -> Path:
         images, labels, test_images, test_labels = load_codes(opt)
     else:
         # For data of your own, replace this line. Images are uint8 (N, channels, img_size, img_size), labels
-        # int64 (N,), class numbers from 0, and classes is the list of their names. Leave out --dataset: then
-        # every tenth image is for the test.
+        # int64 (N,), class numbers from 0, and classes is the list of their names, which become names of
+        # folders. Leave out --dataset: then every tenth image is for the test.
         images, labels, opt.classes = load_data(opt)
         images, labels, test_images, test_labels = hold_out(opt, images, labels)
         opt.n_values = 2 if opt.binarize else 256

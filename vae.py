@@ -80,7 +80,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     p = ArgumentParser(usage="%(prog)s [options]", description=__doc__, formatter_class=Help)
     add = p.add_argument_group("model").add_argument
     add("--arch", choices=["burgess", "conv", "vanilla", "mlp"], default="burgess",
-        help="convolutional: burgess (small), conv (four levels), vanilla (five); mlp: fully connected")  # fmt: skip
+        help="mlp: fully connected; others: convolutional, conv with 4 levels, vanilla 5")  # fmt: skip
     add("--conditional", action=ON_OFF, default=False, help="give the label to encoder and decoder")
     add("--likelihood", choices=["bernoulli", "gaussian"],
         help="p(x|z) of a pixel; if not given: bernoulli for grey images, gaussian for colour")  # fmt: skip
@@ -159,7 +159,7 @@ class VAE(nn.Module):
         super().__init__()
         self.conditional = conditional
         n_in = channels + 1 if conditional else channels  # the label's embedding is a channel
-        # The encoder ends with n_features numbers, and the decoder begins with as many, made of z by decode_z.
+        # The encoder ends with n_features numbers. The decoder begins with as many: decode_z makes them of z.
         if arch == "mlp":  # as in Kingma & Welling, appendix C, but with ReLU
             n_features = 400
             self.encoder = nn.Sequential(
@@ -352,8 +352,8 @@ def train(opt: Namespace) -> Path:
         dist.init_process_group()
     device = find_device(opt.device)
     # For data of your own, replace this line. Images are uint8 (N, channels, img_size, img_size), labels
-    # int64 (N,), class numbers from 0, and classes is the list of their names. Leave out --dataset: then
-    # every tenth image is for the test.
+    # int64 (N,), class numbers from 0, and classes is the list of their names, which become names of folders.
+    # Leave out --dataset: then every tenth image is for the test.
     images, labels, opt.classes = load_data(opt)
     images, labels, test_images, test_labels = hold_out(opt, images, labels)
     if opt.prior == "normal" and not opt.conditional:
