@@ -2,13 +2,14 @@
 
 The generator G turns noise z and a label y into an image. The discriminator D scores how real an image
 looks for its label. D pushes the scores of real images towards 1 and those of G's fakes towards 0;
-G pushes the scores of its fakes towards 1 (least squares). With --arch conv, D also learns to classify real
-images, and G to have its fakes classified as their labels: C(x) is what D predicts for the class of x, H is
-the cross-entropy, and c is a small weight (0 with --arch mlp, and with concat). Gaussian noise is added to
-every image that D sees.
+G pushes the scores of its fakes towards 1 (least squares). If c > 0, D also learns to classify real images,
+and G to have its fakes classified as their labels; by default c is 0.2 with --arch conv, and 0 with mlp or
+concat (--class_weight). Gaussian noise is added to every image that D sees.
 
     D minimises    E[(D(x, y) - 1)^2] / 2  +  E[D(G(z, y), y)^2] / 2  +  c E[H(C(x), y)]
     G minimises    E[(D(G(z, y), y) - 1)^2]  +  c E[H(C(G(z, y)), y)]
+
+C(x) is D's prediction of the class of x, and H the cross-entropy.
 
 Conditional GAN: Mirza & Osindero 2014, arXiv:1411.1784. Least squares: Mao et al. 2017, arXiv:1611.04076,
 equation 9, with twice the loss of G. Label in D: Miyato & Koyama 2018, arXiv:1802.05637. Classifier in D:
@@ -56,7 +57,7 @@ from torchvision import datasets
 from torchvision.transforms import v2
 from torchvision.utils import save_image
 
-SCRIPT = Path(__file__).stem  # a script resumes its own runs only
+SCRIPT = Path(__file__).stem  # a run is read only by a script of the same file name
 USES = {"generate", "labels"}  # options that use a trained run: they need --resume
 
 # ---------------------------------------------------------------- options
@@ -74,10 +75,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         help="how D sees the label: in its score, or as a channel of the image")  # fmt: skip
     add("--class_weight", type=number(float, 0),
         help="c, the weight of the classification (default: 0.2 for conv, 0 for mlp and concat)")  # fmt: skip
-    add("--hidden_dim", type=count, default=32, help="conv: channels of the layers next to the image")
+    add("--hidden_dim", type=count, default=32, help="conv: channels at the first level, doubled at the next")
     add("--latent_dim", type=count, default=100, help="size of z")
     add("--noise", type=number(float, 0),
-        help="deviation of the noise on D's input (default: 0.1; conv with grey images: 0.3)")  # fmt: skip
+        help="standard deviation of the noise on D's input (default: 0.1; conv, grey: 0.3)")  # fmt: skip
     add("--ema", type=fraction, default=0.999, help="decay rate of G's averaged weights; 0: off")
     add = p.add_argument_group("training").add_argument
     add("--n_epochs", type=count, default=200, help="epochs in total, those before a resume included")
@@ -100,12 +101,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--out_dir", default=f"runs/{SCRIPT}", help="folder of a new run; if it exists, a number is added")
     add("--sample_interval", type=count, default=400, help="steps between sample grids and log rows")
     add("--resume", metavar="RUN", help="continue the run in this folder, with its options")
-    add("--generate", type=count, metavar="N", help="with --resume: write N images instead of training")
+    add("--generate", type=count, metavar="N", help="with --resume: write N images to RUN/generated instead")
     add("--labels", nargs="+", metavar="CLASS", help="with --generate: only of these classes")
     opt = parse_and_check(p, argv)
     if opt.class_weight is None:
         opt.class_weight = 0.2 if opt.arch == "conv" and opt.conditioning == "projection" else 0.0
-    if opt.arch == "conv" and (opt.img_size % 4 or opt.img_size < 8):
+    if opt.arch == "conv" and (opt.img_size % 4 or opt.img_size < 8):  # an odd half cannot be halved again
         p.error(f"--img_size {opt.img_size}: --arch conv needs a multiple of 4, at least 8")
     if opt.labels and not opt.generate:
         p.error("--labels needs --generate N")
@@ -121,8 +122,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 def level_dims(img_size: int, hidden_dim: int) -> list[int]:
     """Channels at each level of --arch conv, from the image on.
 
-    Each level halves the side, and has twice the channels of the one before. The last is the first whose side
-    is below 8 or odd.
+    Each level halves the side; the first has hidden_dim channels, each further one twice as many. Halving
+    stops at a side that is odd or below 8: level_dims(32, 32) is [32, 64, 128], with sides of 16, 8 and 4.
     """
     dims = []
     while img_size % 2 == 0 and img_size >= 8:
@@ -237,7 +238,7 @@ def train(opt: Namespace) -> Path:
     # int64 (N,), class numbers from 0, and classes is the list of their names, which become names of folders.
     images, labels, opt.classes = load_data(opt)
     opt.channels = images.shape[1]
-    if opt.noise is None:  # noise that gives digits their variety is too much for photographs
+    if opt.noise is None:  # 0.3 makes digits more varied, but is too much for photographs
         opt.noise = 0.3 if opt.arch == "conv" and opt.channels == 1 else 0.1
     n_classes = len(opt.classes)
     if opt.n_classes not in (None, n_classes):
@@ -265,15 +266,15 @@ def train(opt: Namespace) -> Path:
     run = Run(opt, loader, G=G, D=D, G_avg=G_avg, optimizer_G=optimizer_G, optimizer_D=optimizer_D)
     first_epoch, n_done = divmod(run.step, len(loader))
     for epoch in range(first_epoch, opt.n_epochs):
-        seed(opt.seed, "epoch", epoch)  # so that the order of the images is the same after a resume
+        seed(opt.seed, "epoch", epoch)  # a resume repeats the order of the images
         for real, y in itertools.islice(loader, n_done, None):
-            seed(opt.seed, "step", run.step, RANK)  # and so are the random numbers
+            seed(opt.seed, "step", run.step, RANK)  # and the random numbers of each step
             lr = opt.lr * min(1, opt.lr_hold / (run.step + 1)) ** 0.5
             optimizer_G.param_groups[0]["lr"] = lr
             optimizer_D.param_groups[0]["lr"] = lr
             real = real[RANK::WORLD] / 127.5 - 1  # from 0..255 to [-1, 1]
-            # Without noise, D could tell fakes by details: tanh seldom gives just -1, a digit's background.
-            noise = opt.noise * torch.randn_like(real)  # one draw, for real images and fakes alike
+            # Without noise, D could tell fakes by trifles: tanh hardly reaches -1, a real digit's background.
+            noise = opt.noise * torch.randn_like(real)  # for real images and fakes: a second draw takes time
             real = real + noise
             y = y[RANK::WORLD]  # fakes get the same labels: each class is as frequent in both
             z = torch.randn(len(real), opt.latent_dim, device=device)
@@ -399,7 +400,7 @@ def parse_and_check(p: ArgumentParser, argv: list[str] | None) -> Namespace:
         p.error(f"--{uses[0]} runs in one process, without torchrun")
     if opt.resume is not None:
         saved = read_checkpoint(opt.resume)["options"]
-        p.set_defaults(**saved)  # for what argv leaves out; and the classes, which train() has added
+        p.set_defaults(**saved)  # for what argv leaves out; sets opt.classes, too, which train() has saved
         opt = p.parse_args(argv)
         for name, value in vars(opt).items():
             may_change = name in MAY_CHANGE | USES or (uses and name == "seed")
@@ -424,7 +425,8 @@ def find_device(name: str) -> torch.device:
         if WORLD > 1 and device.type != "cpu":
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
             device = torch.device(device.type)  # the one of that index
-        # Tries the device. And once 32 MB are freed, glibc keeps as much for later steps: faster on a CPU.
+        # A trial of the device. On a CPU its 32 MB matter, too: when they are freed, glibc begins to keep
+        # blocks up to that size for reuse, which makes steps faster.
         torch.zeros(8_000_000, device=device)[0].item()
     except (RuntimeError, AssertionError, ImportError) as e:
         raise InputError(f"--device {name} does not work here ({e}); --device cpu does") from e
@@ -677,7 +679,7 @@ class Run:
         """Go back to where a checkpoint was written. Raises InputError if the data is not the same."""
         if self.data != state["data"]:
             raise InputError(
-                f"{self.opt.dataset} has {shorten(self.data, 300)}; "
+                f"the data has {shorten(self.data, 300)}; "
                 f"the run was started with {shorten(state['data'], 300)}"
             )
         for name, part in self.parts.items():
@@ -831,7 +833,7 @@ def main() -> None:
     except OSError as e:
         sys.exit(f"{SCRIPT}.py: error: {' '.join(str(e).split())}")
     except KeyboardInterrupt:
-        say("\nstopped; a run that has begun continues with --resume RUN")
+        say("\nstopped; a training that has begun continues with --resume RUN")
         sys.exit(130)
 
 

@@ -58,7 +58,7 @@ from torchvision import datasets
 from torchvision.transforms import v2
 from torchvision.utils import save_image
 
-SCRIPT = Path(__file__).stem  # a script resumes its own runs only
+SCRIPT = Path(__file__).stem  # a run is read only by a script of the same file name
 USES = {"generate"}  # options that use a trained run: they need --resume
 
 # ---------------------------------------------------------------- options
@@ -72,7 +72,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     p = ArgumentParser(usage="%(prog)s [options]", description=__doc__, formatter_class=Help)
     add = p.add_argument_group("model").add_argument
     add("--arch", choices=["mlp", "conv"], default="mlp", help="fully connected or convolutional")
-    add("--hidden_dim", type=count, default=32, help="conv: channels of the layers next to the image")
+    add("--hidden_dim", type=count, default=32, help="conv: channels at the first level, doubled at the next")
     add("--latent_dim", type=count, default=100, help="size of z")
     add("--noise", type=number(float, 0), default=0.1, help="standard deviation of the noise on D's input")
     add("--ema", type=fraction, default=0.999, help="decay rate of G's averaged weights; 0: off")
@@ -96,9 +96,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--out_dir", default=f"runs/{SCRIPT}", help="folder of a new run; if it exists, a number is added")
     add("--sample_interval", type=count, default=400, help="steps between sample grids and log rows")
     add("--resume", metavar="RUN", help="continue the run in this folder, with its options")
-    add("--generate", type=count, metavar="N", help="with --resume: write N images instead of training")
+    add("--generate", type=count, metavar="N", help="with --resume: write N images to RUN/generated instead")
     opt = parse_and_check(p, argv)
-    if opt.arch == "conv" and (opt.img_size % 4 or opt.img_size < 8):
+    if opt.arch == "conv" and (opt.img_size % 4 or opt.img_size < 8):  # an odd half cannot be halved again
         p.error(f"--img_size {opt.img_size}: --arch conv needs a multiple of 4, at least 8")
     return opt
 
@@ -109,8 +109,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 def level_dims(img_size: int, hidden_dim: int) -> list[int]:
     """Channels at each level of --arch conv, from the image on.
 
-    Each level halves the side, and has twice the channels of the one before. The last is the first whose side
-    is below 8 or odd.
+    Each level halves the side; the first has hidden_dim channels, each further one twice as many. Halving
+    stops at a side that is odd or below 8: level_dims(32, 32) is [32, 64, 128], with sides of 16, 8 and 4.
     """
     dims = []
     while img_size % 2 == 0 and img_size >= 8:
@@ -213,15 +213,15 @@ def train(opt: Namespace) -> Path:
     run = Run(opt, loader, G=G, D=D, G_avg=G_avg, optimizer_G=optimizer_G, optimizer_D=optimizer_D)
     first_epoch, n_done = divmod(run.step, len(loader))
     for epoch in range(first_epoch, opt.n_epochs):
-        seed(opt.seed, "epoch", epoch)  # so that the order of the images is the same after a resume
+        seed(opt.seed, "epoch", epoch)  # a resume repeats the order of the images
         for real, _ in itertools.islice(loader, n_done, None):
-            seed(opt.seed, "step", run.step, RANK)  # and so are the random numbers
+            seed(opt.seed, "step", run.step, RANK)  # and the random numbers of each step
             lr = opt.lr * min(1, opt.lr_hold / (run.step + 1)) ** 0.5
             optimizer_G.param_groups[0]["lr"] = lr
             optimizer_D.param_groups[0]["lr"] = lr
             real = real[RANK::WORLD] / 127.5 - 1  # from 0..255 to [-1, 1]
-            # Without noise, D could tell fakes by details: tanh seldom gives just -1, a digit's background.
-            noise = opt.noise * torch.randn_like(real)  # one draw, for real images and fakes alike
+            # Without noise, D could tell fakes by trifles: tanh hardly reaches -1, a real digit's background.
+            noise = opt.noise * torch.randn_like(real)  # for real images and fakes: a second draw takes time
             real = real + noise
             z = torch.randn(len(real), opt.latent_dim, device=device)
 
@@ -340,7 +340,7 @@ def parse_and_check(p: ArgumentParser, argv: list[str] | None) -> Namespace:
         p.error(f"--{uses[0]} runs in one process, without torchrun")
     if opt.resume is not None:
         saved = read_checkpoint(opt.resume)["options"]
-        p.set_defaults(**saved)  # for what argv leaves out; and the classes, which train() has added
+        p.set_defaults(**saved)  # for what argv leaves out; sets opt.classes, too, which train() has saved
         opt = p.parse_args(argv)
         for name, value in vars(opt).items():
             may_change = name in MAY_CHANGE | USES or (uses and name == "seed")
@@ -365,7 +365,8 @@ def find_device(name: str) -> torch.device:
         if WORLD > 1 and device.type != "cpu":
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
             device = torch.device(device.type)  # the one of that index
-        # Tries the device. And once 32 MB are freed, glibc keeps as much for later steps: faster on a CPU.
+        # A trial of the device. On a CPU its 32 MB matter, too: when they are freed, glibc begins to keep
+        # blocks up to that size for reuse, which makes steps faster.
         torch.zeros(8_000_000, device=device)[0].item()
     except (RuntimeError, AssertionError, ImportError) as e:
         raise InputError(f"--device {name} does not work here ({e}); --device cpu does") from e
@@ -618,7 +619,7 @@ class Run:
         """Go back to where a checkpoint was written. Raises InputError if the data is not the same."""
         if self.data != state["data"]:
             raise InputError(
-                f"{self.opt.dataset} has {shorten(self.data, 300)}; "
+                f"the data has {shorten(self.data, 300)}; "
                 f"the run was started with {shorten(state['data'], 300)}"
             )
         for name, part in self.parts.items():
@@ -772,7 +773,7 @@ def main() -> None:
     except OSError as e:
         sys.exit(f"{SCRIPT}.py: error: {' '.join(str(e).split())}")
     except KeyboardInterrupt:
-        say("\nstopped; a run that has begun continues with --resume RUN")
+        say("\nstopped; a training that has begun continues with --resume RUN")
         sys.exit(130)
 
 

@@ -68,7 +68,7 @@ from torchvision import datasets
 from torchvision.transforms import v2
 from torchvision.utils import save_image
 
-SCRIPT = Path(__file__).stem  # a script resumes its own runs only
+SCRIPT = Path(__file__).stem  # a run is read only by a script of the same file name
 USES = {"generate"}  # options that use a trained run: they need --resume
 
 # ---------------------------------------------------------------- options
@@ -113,7 +113,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--sample_interval", type=count, default=400,
         help="steps between sample grids and log rows, each with a test on all test images")  # fmt: skip
     add("--resume", metavar="RUN", help="continue the run in this folder, with its options")
-    add("--generate", type=count, metavar="N", help="with --resume: write N images instead of training")
+    add("--generate", type=count, metavar="N", help="with --resume: write N images to RUN/generated instead")
     opt = parse_and_check(p, argv)
     if opt.img_size % opt.downsample:
         p.error(f"--img_size {opt.img_size}: not a multiple of --downsample {opt.downsample}")
@@ -312,9 +312,9 @@ def train(opt: Namespace) -> Path:
     run = Run(opt, loader, model=model, model_avg=model_avg, optimizer=optimizer)
     first_epoch, n_done = divmod(run.step, len(loader))
     for epoch in range(first_epoch, opt.n_epochs):
-        seed(opt.seed, "epoch", epoch)  # so that the order of the images is the same after a resume
+        seed(opt.seed, "epoch", epoch)  # a resume repeats the order of the images
         for x, _ in itertools.islice(loader, n_done, None):
-            seed(opt.seed, "step", run.step, RANK)  # and so are the random numbers
+            seed(opt.seed, "step", run.step, RANK)  # and the random numbers of each step
             x = x[RANK::WORLD] / 255  # from 0..255 to [0, 1]
             with autocast:
                 z = model.encoder(x).float()
@@ -478,7 +478,7 @@ def parse_and_check(p: ArgumentParser, argv: list[str] | None) -> Namespace:
         p.error(f"--{uses[0]} runs in one process, without torchrun")
     if opt.resume is not None:
         saved = read_checkpoint(opt.resume)["options"]
-        p.set_defaults(**saved)  # for what argv leaves out; and the classes, which train() has added
+        p.set_defaults(**saved)  # for what argv leaves out; sets opt.classes, too, which train() has saved
         opt = p.parse_args(argv)
         for name, value in vars(opt).items():
             may_change = name in MAY_CHANGE | USES or (uses and name == "seed")
@@ -503,7 +503,8 @@ def find_device(name: str) -> torch.device:
         if WORLD > 1 and device.type != "cpu":
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
             device = torch.device(device.type)  # the one of that index
-        # Tries the device. And once 32 MB are freed, glibc keeps as much for later steps: faster on a CPU.
+        # A trial of the device. On a CPU its 32 MB matter, too: when they are freed, glibc begins to keep
+        # blocks up to that size for reuse, which makes steps faster.
         torch.zeros(8_000_000, device=device)[0].item()
     except (RuntimeError, AssertionError, ImportError) as e:
         raise InputError(f"--device {name} does not work here ({e}); --device cpu does") from e
@@ -756,7 +757,7 @@ class Run:
         """Go back to where a checkpoint was written. Raises InputError if the data is not the same."""
         if self.data != state["data"]:
             raise InputError(
-                f"{self.opt.dataset} has {shorten(self.data, 300)}; "
+                f"the data has {shorten(self.data, 300)}; "
                 f"the run was started with {shorten(state['data'], 300)}"
             )
         for name, part in self.parts.items():
@@ -910,7 +911,7 @@ def main() -> None:
     except OSError as e:
         sys.exit(f"{SCRIPT}.py: error: {' '.join(str(e).split())}")
     except KeyboardInterrupt:
-        say("\nstopped; a run that has begun continues with --resume RUN")
+        say("\nstopped; a training that has begun continues with --resume RUN")
         sys.exit(130)
 
 

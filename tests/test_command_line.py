@@ -83,4 +83,4 @@ def test_stopped_at_any_moment_after_it_began(cgan, images, tmp_path):
     child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=60)
     assert child.returncode == 130 and err == ""
-    assert "a run that has begun continues with --resume RUN" in out
+    assert "a training that has begun continues with --resume RUN" in out
