@@ -89,7 +89,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--beta", type=number(float, 0), default=1.0, help="weight of the KL in the loss; 1: the ELBO")
     add("--prior", choices=["fitted", "normal"], default="fitted",
         help="z of new images only: from a Gaussian fitted to each class, or from N(0, 1)")  # fmt: skip
-    add("--latent_dim", type=count, default=32, help="size of z")
+    add("--latent_dim", type=count, default=128, help="size of z")
     add("--ema", type=fraction, default=0.999, help="decay rate of the averaged weights; 0: off")
     add = p.add_argument_group("training").add_argument
     add("--n_epochs", type=count, default=200, help="epochs in total, those before a resume included")

@@ -85,7 +85,7 @@ COMMON = dict(
 )
 COMMON |= dict(amp=False, resume=None, generate=None, ema=0.999, batch_size=64, sample_interval=400)
 OPTIONS = {
-    "vae": dict(arch="burgess", latent_dim=32, lr=1e-3, b1=0.9, img_size=32, beta=1.0, prior="fitted"),
+    "vae": dict(arch="burgess", latent_dim=128, lr=1e-3, b1=0.9, img_size=32, beta=1.0, prior="fitted"),
     "gan": dict(arch="mlp", latent_dim=100, lr=6e-4, b1=0.5),
     "cgan": dict(
         arch="mlp", latent_dim=100, lr=4e-4, b1=0.5, img_size=32, conditioning="projection", n_classes=None

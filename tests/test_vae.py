@@ -749,6 +749,7 @@ def test_it_learns_the_digits(vae, tmp_path, monkeypatch):
     draw_digits = vae.draw_digits
     monkeypatch.setattr(vae, "draw_digits", lambda n: draw_digits(n // 5))
     options = "--n_epochs 6 --dataset digits --arch mlp --batch_size 32 --img_size 20 --lr 4e-3 --device cpu"
+    options += " --latent_dim 32"
     opt = vae.parse_args([*options.split(), *BERNOULLI, "--out_dir", str(tmp_path / "run")])
     model = vae.load(vae.train(opt))
     images, labels, _ = vae.load_data(opt)
