@@ -83,7 +83,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add = p.add_argument_group("training").add_argument
     add("--n_epochs", type=count, default=200, help="epochs in total, those before a resume included")
     add("--batch_size", type=number(int, 2), default=64, help="images per step")
-    add("--lr", type=positive, default=4e-4, help="Adam: learning rate")
+    add("--lr", type=positive, help="Adam: learning rate (default: 0.0004; conv: 0.0016)")
     add("--lr_hold", type=count, default=2000, help="steps at the rate lr; then it falls as 1/sqrt(step)")
     add("--b1", type=fraction, default=0.5, help="Adam: decay rate of the first moment")
     add("--b2", type=fraction, default=0.999, help="Adam: decay rate of the second moment")
@@ -104,6 +104,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--generate", type=count, metavar="N", help="with --resume: write N images to RUN/generated instead")
     add("--labels", nargs="+", metavar="CLASS", help="with --generate: only of these classes")
     opt = parse_and_check(p, argv)
+    if opt.lr is None:
+        opt.lr = 1.6e-3 if opt.arch == "conv" else 4e-4
     if opt.class_weight is None:
         opt.class_weight = 0.2 if opt.arch == "conv" and opt.conditioning == "projection" else 0.0
     if opt.arch == "conv" and (opt.img_size % 4 or opt.img_size < 8):  # an odd half cannot be halved again
@@ -142,8 +144,8 @@ class Generator(nn.Module):
         self, arch: str, img_size: int, channels: int, latent_dim: int, hidden_dim: int, n_classes: int
     ):
         super().__init__()
-        self.embed = nn.Embedding(n_classes, n_classes)
-        z_dim = latent_dim + n_classes
+        self.embed = nn.Embedding(n_classes, 10)  # few numbers: given 100 for the label, G came to ignore z
+        z_dim = latent_dim + 10
         if arch == "mlp":
             self.net = nn.Sequential(
                 nn.Linear(z_dim, 128), nn.LeakyReLU(0.2),

@@ -11,10 +11,10 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 CONDITIONING = ["projection", "concat"]
 
 
-def networks(cgan, arch="mlp", img_size=16, channels=1, conditioning="projection"):
+def networks(cgan, arch="mlp", img_size=16, channels=1, conditioning="projection", n_classes=3):
     torch.manual_seed(0)
-    G = cgan.Generator(arch, img_size, channels, latent_dim=4, hidden_dim=8, n_classes=3)
-    D = cgan.Discriminator(arch, conditioning, img_size, channels, hidden_dim=8, n_classes=3)
+    G = cgan.Generator(arch, img_size, channels, latent_dim=4, hidden_dim=8, n_classes=n_classes)
+    D = cgan.Discriminator(arch, conditioning, img_size, channels, hidden_dim=8, n_classes=n_classes)
     return G, D
 
 
@@ -141,6 +141,19 @@ def one_step(cgan, small, recorded, monkeypatch):
         return *networks, checkpoint(run)
 
     return train
+
+
+@pytest.mark.parametrize("arch, lr", [("mlp", 4e-4), ("conv", 1.6e-3)])
+def test_the_network_decides_about_the_learning_rate(cgan, arch, lr):
+    assert cgan.parse_args(["--arch", arch]).lr == lr
+    assert cgan.parse_args(["--arch", arch, "--lr", "0.1"]).lr == 0.1
+
+
+def test_the_label_stays_a_small_part_of_what_the_generator_sees(cgan):
+    """However many classes there are: with as many numbers as z has, all z gave the same image."""
+    for n_classes in (1, 3, 1000):
+        G, _ = networks(cgan, n_classes=n_classes)
+        assert of_kind(G, nn.Linear)[0].in_features == 4 + 10
 
 
 @pytest.mark.parametrize("arch, channels, noise", [("conv", 1, 0.3), ("conv", 3, 0.1), ("mlp", 1, 0.1)])
