@@ -75,7 +75,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         help="how D sees the label: in its score, or as a channel of the image")  # fmt: skip
     add("--class_weight", type=number(float, 0),
         help="c, the weight of the classification (default: 0.2 for conv, 0 for mlp and concat)")  # fmt: skip
-    add("--hidden_dim", type=count, default=32, help="conv: channels at the first level, doubled at the next")
+    add("--hidden_dim", type=count, default=32, help="conv: channels next to the image; each level doubles")
     add("--latent_dim", type=count, default=100, help="size of z")
     add("--noise", type=number(float, 0),
         help="standard deviation of the noise on D's input (default: 0.1; conv, grey: 0.3)")  # fmt: skip
@@ -108,7 +108,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         opt.lr = 1.6e-3 if opt.arch == "conv" else 4e-4
     if opt.class_weight is None:
         opt.class_weight = 0.2 if opt.arch == "conv" and opt.conditioning == "projection" else 0.0
-    if opt.arch == "conv" and (opt.img_size % 4 or opt.img_size < 8):  # an odd half cannot be halved again
+    if opt.arch == "conv" and (opt.img_size % 4 or opt.img_size < 8):  # else 34 pixels would be halved once
         p.error(f"--img_size {opt.img_size}: --arch conv needs a multiple of 4, at least 8")
     if opt.labels and not opt.generate:
         p.error("--labels needs --generate N")
@@ -122,7 +122,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 def level_dims(img_size: int, hidden_dim: int) -> list[int]:
-    """Channels at each level of --arch conv, from the image on.
+    """Channels at each level of --arch conv, counted from the image.
 
     Each level halves the side; the first has hidden_dim channels, each further one twice as many. Halving
     stops at a side that is odd or below 8: level_dims(32, 32) is [32, 64, 128], with sides of 16, 8 and 4.
@@ -137,7 +137,7 @@ def level_dims(img_size: int, hidden_dim: int) -> list[int]:
 class Generator(nn.Module):
     """Noise z (N, latent_dim), standard normal, and labels (N,) -> images (N, channels, img_size, img_size).
 
-    The images are in [-1, 1]. --arch conv doubles the side at each level, up to that of the images.
+    The images are in [-1, 1]. --arch conv goes from the last level to the first; each doubles the side.
     """
 
     def __init__(
@@ -236,8 +236,9 @@ def train(opt: Namespace) -> Path:
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group()
     device = find_device(opt.device)
-    # For data of your own, replace this line. Images are uint8 (N, channels, img_size, img_size), labels
-    # int64 (N,), class numbers from 0, and classes is the list of their names, which become names of folders.
+    # For data that is not a folder of images, replace this line. Images are uint8 (N, channels, H, W), with H
+    # and W equal to opt.img_size. Labels are int64 (N,), class numbers from 0, and classes is the list of
+    # their names, which become names of folders.
     images, labels, opt.classes = load_data(opt)
     opt.channels = images.shape[1]
     if opt.noise is None:  # 0.3 makes digits more varied, but is too much for photographs
@@ -274,9 +275,10 @@ def train(opt: Namespace) -> Path:
             lr = opt.lr * min(1, opt.lr_hold / (run.step + 1)) ** 0.5
             optimizer_G.param_groups[0]["lr"] = lr
             optimizer_D.param_groups[0]["lr"] = lr
-            real = real[RANK::WORLD] / 127.5 - 1  # from 0..255 to [-1, 1]
-            # Without noise, D could tell fakes by trifles: tanh hardly reaches -1, a real digit's background.
-            noise = opt.noise * torch.randn_like(real)  # for real images and fakes: a second draw takes time
+            real = real[RANK::WORLD] / 127.5 - 1  # the share of this process, from 0..255 to [-1, 1]
+            # Without noise, D could tell fakes by a trifle: the background of real digits is exactly -1,
+            # which tanh only approaches. Real images and fakes get the same noise: a second draw takes time.
+            noise = opt.noise * torch.randn_like(real)
             real = real + noise
             y = y[RANK::WORLD]  # fakes get the same labels: each class is as frequent in both
             z = torch.randn(len(real), opt.latent_dim, device=device)

@@ -332,9 +332,10 @@ def train(opt: Namespace) -> Path:
     if opt.codes_hash or (is_folder and Path(opt.dataset, "checkpoint.pt").exists()):
         images, labels, test_images, test_labels = load_codes(opt)
     else:
-        # For data of your own, replace this line. Images are uint8 (N, 1, img_size, img_size), labels
-        # int64 (N,), class numbers from 0, and classes is the list of their names, which become names of
-        # folders. Leave out --dataset: then every tenth image is for the test.
+        # For data that is not a folder of images, replace this line. Images are uint8 (N, 1, H, W), with H
+        # and W equal to opt.img_size. Labels are int64 (N,), class numbers from 0, and classes is the list of
+        # their names, which become names of folders. Leave out --dataset: then every tenth image is for the
+        # test.
         images, labels, opt.classes = load_data(opt)
         images, labels, test_images, test_labels = hold_out(opt, images, labels)
         opt.n_values = 2 if opt.binarize else 256

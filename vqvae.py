@@ -286,9 +286,9 @@ def train(opt: Namespace) -> Path:
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group()
     device = find_device(opt.device)
-    # For data of your own, replace this line. Images are uint8 (N, channels, img_size, img_size), labels
-    # int64 (N,), class numbers from 0, and classes is the list of their names, which become names of folders.
-    # Leave out --dataset: then every tenth image is for the test.
+    # For data that is not a folder of images, replace this line. Images are uint8 (N, channels, H, W), with H
+    # and W equal to opt.img_size. Labels are int64 (N,), class numbers from 0, and classes is the list of
+    # their names, which become names of folders. Leave out --dataset: then every tenth image is for the test.
     images, labels, opt.classes = load_data(opt)
     images, labels, test_images, test_labels = hold_out(opt, images, labels)
     # All images are kept on the device, as bytes.
