@@ -114,7 +114,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         p.error("--labels needs --generate N")
     for name in opt.labels or []:
         if name not in opt.classes:  # which are those of the run
-            p.error(f"--labels {name}: the classes are {shorten(', '.join(opt.classes), 400)}")
+            p.error(f"--labels {name}: not one of this run's classes: {shorten(', '.join(opt.classes), 400)}")
     return opt
 
 
@@ -266,6 +266,7 @@ def train(opt: Namespace) -> Path:
     grid_z = torch.randn(10, opt.latent_dim).repeat_interleave(n_columns, dim=0).to(device)
     grid_labels = torch.arange(n_columns).repeat(10).to(device)
 
+    # Makes the run's folder or, with --resume, restores these parts and the number of steps done.
     run = Run(opt, loader, G=G, D=D, G_avg=G_avg, optimizer_G=optimizer_G, optimizer_D=optimizer_D)
     first_epoch, n_done = divmod(run.step, len(loader))
     for epoch in range(first_epoch, opt.n_epochs):

@@ -211,6 +211,7 @@ def train(opt: Namespace) -> Path:
 
     grid_z = torch.randn(25, opt.latent_dim).to(device)
 
+    # Makes the run's folder or, with --resume, restores these parts and the number of steps done.
     run = Run(opt, loader, G=G, D=D, G_avg=G_avg, optimizer_G=optimizer_G, optimizer_D=optimizer_D)
     first_epoch, n_done = divmod(run.step, len(loader))
     for epoch in range(first_epoch, opt.n_epochs):

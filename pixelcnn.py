@@ -354,6 +354,7 @@ def train(opt: Namespace) -> Path:
     # With --conditional, column k of a sample grid is class k; if there are fewer than 10, they repeat.
     grid_labels = torch.arange(30, device=device) % 10 % len(opt.classes)
 
+    # Makes the run's folder or, with --resume, restores these parts and the number of steps done.
     run = Run(opt, loader, model=model, model_avg=model_avg, optimizer=optimizer)
     if opt.codes_hash and RANK == 0:
         model_avg.decoder = run.folder / "decoder.pt2"
@@ -362,9 +363,9 @@ def train(opt: Namespace) -> Path:
     first_epoch, n_done = divmod(run.step, len(loader))
     for epoch in range(first_epoch, opt.n_epochs):
         seed(opt.seed, "epoch", epoch)  # a resume repeats the order of the images
-        for real, y in itertools.islice(loader, n_done, None):
+        for batch, y in itertools.islice(loader, n_done, None):
             seed(opt.seed, "step", run.step, RANK)  # and the random numbers of each step
-            x = to_values(real[RANK::WORLD], opt.binarize)  # black and white is drawn anew in each epoch
+            x = to_values(batch[RANK::WORLD], opt.binarize)  # black and white is drawn anew in each epoch
             y = y[RANK::WORLD]
 
             with autocast:

@@ -17,9 +17,9 @@ What log p(x) is depends on the likelihood. Compare ELBOs only of the same likel
     bernoulli               no likelihood of x: pixels between 0 and 1 are taken as probabilities, and the
                             ELBO bounds E[log p(b)], where b is a binary image drawn with them.
 
-New images are the mean of p(x|z), for z drawn from a Gaussian that is fitted to the encoded training images
-of each class, anew for each sample grid; or, before the first grid and with --prior normal, from p(z). The
-KL is always that to p(z).
+New images are the mean of p(x|z). Their z is drawn from a Gaussian that is fitted to the encoded training
+images of a class, anew for each sample grid. With --prior normal, and as long as a run has made no grid, it
+is drawn from p(z). The KL is always that to p(z).
 
 VAE: Kingma & Welling 2013, arXiv:1312.6114, equation 10. Beta: Higgins et al. 2017. Optimal variance: Rybkin
 et al. 2020, arXiv:2006.13202. Conditional VAE: Sohn et al. 2015. Fitted prior: Ghosh et al. 2019,
@@ -124,12 +124,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
             p.error("--binarize needs --likelihood bernoulli")
         opt.likelihood = "bernoulli"
     if opt.generate and opt.reconstruct:
-        p.error("either --generate or --reconstruct")
+        p.error("--generate and --reconstruct cannot be used together")
     if opt.labels and not opt.generate:
         p.error("--labels needs --generate N")
     for name in opt.labels or []:
         if name not in opt.classes:  # which are those of the run
-            p.error(f"--labels {name}: the classes are {shorten(', '.join(opt.classes), 400)}")
+            p.error(f"--labels {name}: not one of this run's classes: {shorten(', '.join(opt.classes), 400)}")
     return opt
 
 
@@ -160,7 +160,7 @@ class VAE(nn.Module):
         self.conditional = conditional
         n_in = channels + 1 if conditional else channels  # the label's embedding is a channel
         # The encoder ends with n_features numbers. The decoder begins with as many: decode_z makes them of z.
-        if arch == "mlp":  # as in Kingma & Welling, appendix C, but with ReLU
+        if arch == "mlp":  # Kingma & Welling, appendix C, but with ReLU and PyTorch's 400 units
             n_features = 400
             self.encoder = nn.Sequential(
                 nn.Flatten(),
@@ -183,7 +183,7 @@ class VAE(nn.Module):
                 nn.Conv2d(32, channels, 3, 1, 1),
                 v2.CenterCrop(img_size),  # the levels end with 32 * side pixels
             )  # fmt: skip
-        elif arch == "conv":  # four levels, with the kernels and channels of DCGAN
+        elif arch == "conv":  # with the kernels and channels of PyTorch's DCGAN example
             side = img_size // 16
             n_features = 512 * side**2
             self.encoder = nn.Sequential(
@@ -243,7 +243,8 @@ class VAE(nn.Module):
     def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The logits decoded from one sample of q(z|x), and its mu and logvar."""
         mu, logvar = self.encode(x, labels)
-        z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)  # gradients pass to mu and logvar
+        # Reparametrisation: written so, z passes gradients to mu and logvar.
+        z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
         return self.decode(z, labels), mu, logvar
 
     def reconstruct(self, x: Tensor, labels: Tensor) -> Tensor:
@@ -268,11 +269,14 @@ class Prior(nn.Module):
         for k in labels.unique():
             x = images[labels == k]
             x = to_x(x[:: len(x) // 1000 + 1], binarize)  # spread evenly: those of a folder are sorted
-            mu, logvar = model.encode(x, k.expand(len(x)))
+            encoded = [model.encode(part, k.expand(len(part))) for part in x.split(100)]  # to save memory
+            mu = torch.cat([mu for mu, _ in encoded])
+            logvar = torch.cat([logvar for _, logvar in encoded])
             self.mean[k] = mu.mean(dim=0)
             deviations = (mu - self.mean[k]) / len(mu) ** 0.5
             variance = logvar.exp().mean(dim=0)
             # The covariance is rows.T @ rows. With rows = Q @ R it is R.T @ R, the covariance of R.T @ noise.
+            # QR needs no positive definite matrix, as Cholesky does; not every device has it.
             rows = torch.cat([deviations, variance.sqrt().diag()])
             self.scale[k] = torch.linalg.qr(rows.cpu(), mode="r").R.T
 
@@ -301,8 +305,8 @@ def log_likelihood(x: Tensor, logits: Tensor, likelihood: str, variance: Tensor)
 def best_variance(x: Tensor, logits: Tensor) -> Tensor:
     """The variance that maximises the likelihood of images x: their mean squared error (Rybkin et al.).
 
-    It is the mean over the processes. No gradient needs to pass: the likelihood's derivative with respect to
-    it is 0 there.
+    With several processes, it is their mean. It needs no gradient: at the maximum, the likelihood's
+    derivative with respect to the variance is 0.
     """
     variance = (x - logits.detach().sigmoid()).square().mean()
     if WORLD > 1:
@@ -325,7 +329,7 @@ def to_x(images: Tensor, binarize: bool) -> Tensor:
 def test(model: VAE, images: Tensor, labels: Tensor, opt: Namespace) -> float:
     """The mean ELBO of test images, in nats per image."""
     total = 0.0
-    for x, y in zip(images.split(500), labels.split(500)):
+    for x, y in zip(images.split(100), labels.split(100)):
         x = to_x(x, opt.binarize)
         logits, mu, logvar = model(x, y)
         elbo = log_likelihood(x, logits, opt.likelihood, model.variance) - kl_divergence(mu, logvar)
@@ -384,13 +388,14 @@ def train(opt: Namespace) -> Path:
     grid_x = to_x(test_images[::every], opt.binarize)
     grid_y = test_labels[::every]
 
+    # Makes the run's folder or, with --resume, restores these parts and the number of steps done.
     run = Run(opt, loader, model=model, model_avg=model_avg, prior=prior, optimizer=optimizer)
     first_epoch, n_done = divmod(run.step, len(loader))
     for epoch in range(first_epoch, opt.n_epochs):
         seed(opt.seed, "epoch", epoch)  # a resume repeats the order of the images
-        for real, y in itertools.islice(loader, n_done, None):
+        for batch, y in itertools.islice(loader, n_done, None):
             seed(opt.seed, "step", run.step, RANK)  # and the random numbers of each step
-            x = to_x(real[RANK::WORLD], opt.binarize)
+            x = to_x(batch[RANK::WORLD], opt.binarize)
             y = y[RANK::WORLD]
 
             with autocast:

@@ -309,6 +309,7 @@ def train(opt: Namespace) -> Path:
     grid_images = test_images[:: len(test_images) // 10 + 1] / 255
     variance = (images[torch.randperm(len(images))[:1000]] / 255).var().clamp(min=1e-6)
 
+    # Makes the run's folder or, with --resume, restores these parts and the number of steps done.
     run = Run(opt, loader, model=model, model_avg=model_avg, optimizer=optimizer)
     first_epoch, n_done = divmod(run.step, len(loader))
     for epoch in range(first_epoch, opt.n_epochs):

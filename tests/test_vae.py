@@ -645,9 +645,7 @@ def test_generate_by_class(vae, small, command, refused, flags):
 def test_generate_without_classes(vae, small, command, refused):
     """Neither the decoder nor a normal prior can tell classes apart: images are all of one."""
     run = vae.train(vae.parse_args([*small, "--n_epochs", "1", "--prior", "normal"]))
-    refused(
-        vae, "--resume", run, "--generate", 5, "--labels", "red", says=["--labels red", "classes are all"]
-    )
+    refused(vae, "--resume", run, "--generate", 5, "--labels", "red", says=["--labels red", "classes: all"])
     assert command(vae, "--resume", run, "--generate", 5) == (0, [])
     assert len(list((run / "generated" / "all").glob("*.png"))) == 5
 
@@ -741,7 +739,7 @@ def test_a_binary_model_is_given_binary_images(vae, small, images, command):
 
 def test_one_use_at_a_time(vae, small, images, refused):
     run = vae.train(vae.parse_args([*small, "--n_epochs", "1"]))
-    refused(vae, "--resume", run, "--generate", 2, "--reconstruct", images, says=["either"])
+    refused(vae, "--resume", run, "--generate", 2, "--reconstruct", images, says=["together"])
 
 
 def test_it_learns_the_digits(vae, tmp_path, monkeypatch):
