@@ -75,7 +75,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         help="how D sees the label: in its score, or as a channel of the image")  # fmt: skip
     add("--class_weight", type=number(float, 0),
         help="c, the weight of the classification (default: 0.2 for conv, 0 for mlp and concat)")  # fmt: skip
-    add("--hidden_dim", type=count, default=32, help="conv: channels next to the image; each level doubles")
+    add("--hidden_dim", type=count, default=32, help="conv: channels next to the image; levels double them")
     add("--latent_dim", type=count, default=100, help="size of z")
     add("--noise", type=number(float, 0),
         help="standard deviation of the noise on D's input (default: 0.1; conv, grey: 0.3)")  # fmt: skip
@@ -101,7 +101,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--out_dir", default=f"runs/{SCRIPT}", help="folder of a new run; if it exists, a number is added")
     add("--sample_interval", type=count, default=400, help="steps between sample grids and log rows")
     add("--resume", metavar="RUN", help="continue the run in this folder, with its options")
-    add("--generate", type=count, metavar="N", help="with --resume: write N images to RUN/generated instead")
+    add("--generate", type=count, metavar="N", help="with --resume: write N images to RUN/generated")
     add("--labels", nargs="+", metavar="CLASS", help="with --generate: only of these classes")
     opt = parse_and_check(p, argv)
     if opt.lr is None:

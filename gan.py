@@ -72,7 +72,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     p = ArgumentParser(usage="%(prog)s [options]", description=__doc__, formatter_class=Help)
     add = p.add_argument_group("model").add_argument
     add("--arch", choices=["mlp", "conv"], default="mlp", help="fully connected or convolutional")
-    add("--hidden_dim", type=count, default=32, help="conv: channels next to the image; each level doubles")
+    add("--hidden_dim", type=count, default=32, help="conv: channels next to the image; levels double them")
     add("--latent_dim", type=count, default=100, help="size of z")
     add("--noise", type=number(float, 0), default=0.1, help="standard deviation of the noise on D's input")
     add("--ema", type=fraction, default=0.999, help="decay rate of G's averaged weights; 0: off")
@@ -96,7 +96,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--out_dir", default=f"runs/{SCRIPT}", help="folder of a new run; if it exists, a number is added")
     add("--sample_interval", type=count, default=400, help="steps between sample grids and log rows")
     add("--resume", metavar="RUN", help="continue the run in this folder, with its options")
-    add("--generate", type=count, metavar="N", help="with --resume: write N images to RUN/generated instead")
+    add("--generate", type=count, metavar="N", help="with --resume: write N images to RUN/generated")
     opt = parse_and_check(p, argv)
     if opt.arch == "conv" and (opt.img_size % 4 or opt.img_size < 8):  # else 34 pixels would be halved once
         p.error(f"--img_size {opt.img_size}: --arch conv needs a multiple of 4, at least 8")

@@ -101,7 +101,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--out_dir", default=f"runs/{SCRIPT}", help="folder of a new run; if it exists, a number is added")
     add("--sample_interval", type=count, default=4000, help="steps between tests, sample grids and log rows")
     add("--resume", metavar="RUN", help="continue the run in this folder, with its options")
-    add("--generate", type=count, metavar="N", help="with --resume: write N images to RUN/generated instead")
+    add("--generate", type=count, metavar="N", help="with --resume: write N images to RUN/generated")
     p.set_defaults(codes_hash=None)  # not an option: load_codes() sets it
     opt = parse_and_check(p, argv)
     if opt.binarize:

@@ -111,7 +111,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--out_dir", default=f"runs/{SCRIPT}", help="folder of a new run; if it exists, a number is added")
     add("--sample_interval", type=count, default=1000, help="steps between tests, grids and log rows")
     add("--resume", metavar="RUN", help="continue the run in this folder, with its options")
-    add("--generate", type=count, metavar="N", help="with --resume: write N images to RUN/generated instead")
+    add("--generate", type=count, metavar="N", help="with --resume: write N images to RUN/generated")
     add("--labels", nargs="+", metavar="CLASS", help="with --generate: only of these classes")
     add("--reconstruct", metavar="FOLDER",
         help="with --resume: write the images of a folder beside their reconstructions")  # fmt: skip
@@ -276,7 +276,7 @@ class Prior(nn.Module):
             deviations = (mu - self.mean[k]) / len(mu) ** 0.5
             variance = logvar.exp().mean(dim=0)
             # The covariance is rows.T @ rows. With rows = Q @ R it is R.T @ R, the covariance of R.T @ noise.
-            # QR needs no positive definite matrix, as Cholesky does; not every device has it.
+            # QR, unlike Cholesky, takes any matrix. It is done on the CPU, as not every device can.
             rows = torch.cat([deviations, variance.sqrt().diag()])
             self.scale[k] = torch.linalg.qr(rows.cpu(), mode="r").R.T
 

@@ -113,7 +113,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--sample_interval", type=count, default=400,
         help="steps between sample grids and log rows, each with a test on all test images")  # fmt: skip
     add("--resume", metavar="RUN", help="continue the run in this folder, with its options")
-    add("--generate", type=count, metavar="N", help="with --resume: write N images to RUN/generated instead")
+    add("--generate", type=count, metavar="N", help="with --resume: write N images to RUN/generated")
     opt = parse_and_check(p, argv)
     if opt.img_size % opt.downsample:
         p.error(f"--img_size {opt.img_size}: not a multiple of --downsample {opt.downsample}")

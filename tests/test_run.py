@@ -104,14 +104,14 @@ def test_same_seed_same_images(script, small, trained):
     assert (trained / grid).read_bytes() == (again / grid).read_bytes() != (other / grid).read_bytes()
 
 
-def test_options_of_the_caller_stay(cgan, small):
+def test_options_of_the_caller_stay(script, small):
     """train works on a copy; and a path may be a Path."""
-    opt = cgan.parse_args([*small, "--n_epochs", "1"])
+    opt = script.parse_args([*small, "--n_epochs", "1"])
     opt.out_dir = Path("mine")
     before = dict(vars(opt))
-    assert cgan.train(opt) == Path("mine")
+    assert script.train(opt) == Path("mine")
     assert vars(opt) == before
-    cgan.load("mine")
+    script.load("mine")
 
 
 def test_the_checkpoint_is_plain_data(script, trained):
