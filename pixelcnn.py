@@ -216,7 +216,7 @@ class GatedPixelCNN(PixelCNN):
         self.layers = nn.ModuleList(GatedLayer(hidden_dim, n_classes) for _ in range(n_layers))
 
     def forward(self, x: Tensor, labels: Tensor, above: list[Tensor] | None = None) -> Tensor:
-        """above: the output of vertical() for the rows of x, if it is known, as for that of start_row()."""
+        """above: the output of vertical() for the rows of x, if it is known; start_row() gives both."""
         e = self.embed(x[:, 0]).movedim(-1, 1)
         h = self.first_horizontal(F.pad(e[..., :-1], (3, 0)))  # column j sees columns j - 3 to j - 1
         for layer, from_above in zip(self.layers, above or self.vertical(x, labels)):
