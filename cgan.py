@@ -224,7 +224,7 @@ class Discriminator(nn.Module):
         score = self.score(h)
         if self.conditioning == "projection":
             score = score + (embedding * h).sum(dim=1, keepdim=True)
-        return score, self.classify(h)
+        return score.float(), self.classify(h).float()  # with --amp, losses in float32 are more exact
 
 
 # ---------------------------------------------------------------- training
@@ -278,19 +278,19 @@ def train(opt: Namespace) -> Path:
             optimizer_D.param_groups[0]["lr"] = lr
             real = real[RANK::WORLD] / 127.5 - 1  # the share of this process, from 0..255 to [-1, 1]
             # Without noise, D could tell fakes by a trifle: the background of real digits is exactly -1,
-            # which tanh only approaches. Real images and fakes get the same noise: a second draw takes time.
-            noise = opt.noise * torch.randn_like(real)
-            real = real + noise
+            # which tanh only approaches.
+            real = real + opt.noise * torch.randn_like(real)
             y = y[RANK::WORLD]  # fakes get the same labels: each class is as frequent in both
             z = torch.randn(len(real), opt.latent_dim, device=device)
 
             # generator; its fakes serve the discriminator's step, too
             D.requires_grad_(False)
             with autocast:
-                fake = G(z, y) + noise
+                fake = G(z, y)
+                fake = fake + opt.noise * torch.randn_like(fake)
                 fake_scores, fake_logits = D(fake, y)
-            g_loss = (fake_scores.float() - 1).square().mean()
-            g_loss = g_loss + opt.class_weight * cross_entropy(fake_logits.float(), y)
+            g_loss = (fake_scores - 1).square().mean()
+            g_loss = g_loss + opt.class_weight * cross_entropy(fake_logits, y)
             optimizer_G.zero_grad()
             g_loss.backward()
             average_gradients(G)
@@ -301,9 +301,9 @@ def train(opt: Namespace) -> Path:
             with autocast:
                 real_scores, real_logits = D(real, y)
                 fake_scores, _ = D(fake.detach(), y)
-            real_loss = (real_scores.float() - 1).square().mean()
-            fake_loss = fake_scores.float().square().mean()
-            class_loss = cross_entropy(real_logits.float(), y)
+            real_loss = (real_scores - 1).square().mean()
+            fake_loss = fake_scores.square().mean()
+            class_loss = cross_entropy(real_logits, y)
             d_loss = (real_loss + fake_loss) / 2 + opt.class_weight * class_loss
             optimizer_D.zero_grad()
             d_loss.backward()

@@ -178,7 +178,8 @@ class Discriminator(nn.Module):
         # One number for the whole batch: how much the features vary. It tells D when G draws nearly the same
         # few images again and again.
         spread = h.std(dim=0, correction=0).mean()
-        return self.score(torch.cat([h, spread.expand(len(h), 1)], dim=1))
+        logits = self.score(torch.cat([h, spread.expand(len(h), 1)], dim=1))
+        return logits.float()  # with --amp, losses in float32 are more exact
 
 
 # ---------------------------------------------------------------- training
@@ -223,17 +224,17 @@ def train(opt: Namespace) -> Path:
             optimizer_D.param_groups[0]["lr"] = lr
             real = real[RANK::WORLD] / 127.5 - 1  # the share of this process, from 0..255 to [-1, 1]
             # Without noise, D could tell fakes by a trifle: the background of real digits is exactly -1,
-            # which tanh only approaches. Real images and fakes get the same noise: a second draw takes time.
-            noise = opt.noise * torch.randn_like(real)
-            real = real + noise
+            # which tanh only approaches.
+            real = real + opt.noise * torch.randn_like(real)
             z = torch.randn(len(real), opt.latent_dim, device=device)
 
             # generator; its fakes serve the discriminator's step, too
             D.requires_grad_(False)
             with autocast:
-                fake = G(z) + noise
+                fake = G(z)
+                fake = fake + opt.noise * torch.randn_like(fake)
                 fake_logits = D(fake)
-            g_loss = -logsigmoid(fake_logits.float()).mean()
+            g_loss = -logsigmoid(fake_logits).mean()
             optimizer_G.zero_grad()
             g_loss.backward()
             average_gradients(G)
@@ -244,8 +245,8 @@ def train(opt: Namespace) -> Path:
             with autocast:
                 real_logits = D(real)
                 fake_logits = D(fake.detach())
-            real_loss = -logsigmoid(real_logits.float()).mean()
-            fake_loss = -logsigmoid(-fake_logits.float()).mean()  # 1 - sigmoid(a) is sigmoid(-a)
+            real_loss = -logsigmoid(real_logits).mean()
+            fake_loss = -logsigmoid(-fake_logits).mean()  # 1 - sigmoid(a) is sigmoid(-a)
             d_loss = (real_loss + fake_loss) / 2
             optimizer_D.zero_grad()
             d_loss.backward()

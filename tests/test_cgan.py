@@ -163,14 +163,16 @@ def test_the_data_decides_about_the_noise(one_step, arch, channels, noise):
 
 
 def test_noise_on_what_the_discriminator_sees(one_step):
-    """On real images and on fakes, for each pixel, with the deviation asked for."""
+    """On real images and on fakes, for each pixel, with the deviation asked for, drawn independently."""
     _, D, _ = one_step("--noise", "0.2")
     one_step("--noise", "0")
     fake, real, same_fake, plain_fake, plain_real, _ = [inputs[0] for inputs in D.inputs]
     assert torch.equal(fake, same_fake)
-    for noise in (fake - plain_fake, real - plain_real):
+    on_fakes, on_reals = fake - plain_fake, real - plain_real
+    for noise in (on_fakes, on_reals):
         assert noise.mean().abs() < 0.01
         assert noise.std().item() == pytest.approx(0.2, rel=0.03)
+    assert (on_fakes * on_reals).mean().abs() < 0.01 * 0.2  # independent draws
 
 
 @pytest.mark.parametrize("class_weight", [0.0, 0.7])

@@ -133,14 +133,16 @@ def one_step(gan, small, recorded, monkeypatch):
 
 
 def test_noise_on_what_the_discriminator_sees(one_step):
-    """On real images and on fakes, for each pixel, with the deviation asked for."""
+    """On real images and on fakes, for each pixel, with the deviation asked for, drawn independently."""
     _, D, _ = one_step("--noise", "0.2")
     one_step("--noise", "0")
     fake, real, same_fake, plain_fake, plain_real, _ = [inputs[0] for inputs in D.inputs]
     assert torch.equal(fake, same_fake)
-    for noise in (fake - plain_fake, real - plain_real):
+    on_fakes, on_reals = fake - plain_fake, real - plain_real
+    for noise in (on_fakes, on_reals):
         assert noise.mean().abs() < 0.01
         assert noise.std().item() == pytest.approx(0.2, rel=0.03)
+    assert (on_fakes * on_reals).mean().abs() < 0.01 * 0.2  # independent draws
 
 
 def test_a_step_is_that_of_the_textbook(one_step):
