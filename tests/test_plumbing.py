@@ -186,6 +186,19 @@ def test_seeds_have_nothing_in_common(cgan):
     assert len(draws) == len(keys)
 
 
+def test_an_accelerator_is_seeded_too(cgan, monkeypatch):
+    """With one, torch seeds all devices; without, only the CPU's generator is seeded, to the same numbers."""
+    seeds = []
+    manual_seed = torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda n: [seeds.append(n), manual_seed(n)])
+    draws = []
+    for there in (True, False):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda there=there: there)
+        cgan.seed(3, "step", 7, 0)
+        draws.append(torch.rand(4))
+    assert len(seeds) == 1 and torch.equal(*draws)
+
+
 def test_the_averaged_weights(cgan):
     """They forget how they began, then follow with the decay rate; batch norm's statistics are averaged,
     too.
