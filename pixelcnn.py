@@ -290,7 +290,7 @@ def load_codes(opt: Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     try:
         arrays = dict(np.load(file))
     except Exception as e:  # numpy raises many kinds
-        raise InputError(f'"{file}", the codes of a run of vqvae.py, cannot be read ({e})') from e
+        raise InputError(f'"{file}", which vqvae.py writes when it ends, cannot be read ({e})') from e
     codes_hash = hashlib.sha256(arrays["codes"].tobytes() + arrays["test_codes"].tobytes()).hexdigest()
     if opt.resume is not None and codes_hash != opt.codes_hash:
         raise InputError(f'"{opt.resume}" was not started with the codes in "{file}"')
@@ -599,7 +599,7 @@ def load_torchvision(name: str, data_dir: str, train: bool) -> tuple[Tensor, Ten
         data = dataset(data_dir, train)
     except Exception as e:  # torchvision raises many kinds
         place = Path(data_dir, folder)
-        raise InputError(f'"{place}" is damaged or incomplete ({e!r}): remove it and start again') from e
+        raise InputError(f'"{place}" is damaged or incomplete: remove it to download it again ({e!r})') from e
     images = torch.as_tensor(data.data)
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
     # MNIST's are called "0 - zero"; and they become names of folders.
@@ -640,7 +640,7 @@ def load_folder(opt: Namespace) -> tuple[Tensor, Tensor, list[str]]:
     """The images of a folder, decoded once. A sub-folder is a class; without any, there is one class."""
     root = Path(opt.dataset)
     if not opt.dataset or not root.is_dir():
-        raise InputError(f'"{opt.dataset}" is neither a folder nor one of {", ".join(NAMED)}')
+        raise InputError(f'--dataset "{opt.dataset}" is neither a folder nor one of {", ".join(NAMED)}')
     files, others = [], Counter()
     for file in find_files(root):
         if file.suffix.lower() in datasets.folder.IMG_EXTENSIONS:
@@ -654,7 +654,7 @@ def load_folder(opt: Namespace) -> tuple[Tensor, Tensor, list[str]]:
         raise InputError(f'"{root}": no images there')
     n_loose = sum(file.parent == root for file in files)
     if 0 < n_loose < len(files):
-        raise InputError(f'"{root}": {n_loose} images beside its sub-folders, which are the classes')
+        raise InputError(f'"{root}": sub-folders are classes, so move the images beside them ({n_loose})')
     names = ["all" if n_loose else file.relative_to(root).parts[0] for file in files]
     classes = sorted(set(names))
     if not n_loose and SPLITS.issuperset(name.lower() for name in classes):
