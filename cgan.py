@@ -3,8 +3,8 @@
 The generator G turns noise z and a label y into an image. The discriminator D scores how real an image
 looks for its label. D pushes the scores of real images towards 1 and those of G's fakes towards 0;
 G pushes the scores of its fakes towards 1 (least squares). If c > 0, D also learns to classify real images,
-and G to have its fakes classified as their labels; by default c is 0.2 with --arch conv, and 0 with mlp or
-concat (--class_weight). Gaussian noise is added to every image that D sees.
+and G to have its fakes classified as their labels; c is --class_weight, by default 0 for --arch mlp and 0.2
+for conv. Gaussian noise is added to every image that D sees.
 
     D minimises    E[(D(x, y) - 1)^2] / 2  +  E[D(G(z, y), y)^2] / 2  +  c E[H(C(x), y)]
     G minimises    E[(D(G(z, y), y) - 1)^2]  +  c E[H(C(G(z, y)), y)]
@@ -15,7 +15,7 @@ Conditional GAN: Mirza & Osindero 2014, arXiv:1411.1784. Least squares: Mao et a
 equation 9, with twice the loss of G. Label in D: Miyato & Koyama 2018, arXiv:1802.05637. Classifier in D:
 Odena et al. 2017, arXiv:1610.09585, but trained on real images only. --arch conv follows DCGAN, Radford et
 al. 2015, arXiv:1511.06434, with fewer channels and PyTorch's initial weights. Noise on D's input: Sønderby
-et al. 2016, arXiv:1610.04490. Averaged weights: Yazici et al. 2018, arXiv:1806.04498.
+et al. 2016, arXiv:1610.04490, where it fades. Averaged weights: Yazici et al. 2018, arXiv:1806.04498.
 
     python cgan.py --n_epochs 20                          # MNIST; built-in digits when offline
     python cgan.py --arch conv --dataset path/to/folder   # your images, one sub-folder per class
@@ -57,10 +57,12 @@ from torchvision import datasets
 from torchvision.transforms import v2
 from torchvision.utils import save_image
 
-SCRIPT = Path(__file__).stem  # a run is read only by a script of the same file name
+SCRIPT = Path(__file__).stem  # a run is read only by a script of this file name, and not by a renamed copy
 USES = {"generate", "labels"}  # options that use a trained run: they need --resume
 
 # ---------------------------------------------------------------- options
+# Types of options, such as count and ON_OFF, and all other names that are not in this part of the script are
+# in "plumbing", below; among them RANK and WORLD, this process of torchrun's and how many there are.
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -74,8 +76,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--conditioning", choices=["projection", "concat"], default="projection",
         help="how D sees the label: in its score, or as a channel of the image")  # fmt: skip
     add("--class_weight", type=number(float, 0),
-        help="c, the weight of the classification (default: 0.2 for conv, 0 for mlp and concat)")  # fmt: skip
-    add("--hidden_dim", type=count, default=32, help="conv: channels next to the image; levels double them")
+        help="c, the weight of the classification (default: conv with projection 0.2, else 0)")  # fmt: skip
+    add("--hidden_dim", type=count, default=32,
+        help="conv: channels of the level next to the image; each further level doubles them")  # fmt: skip
     add("--latent_dim", type=count, default=100, help="size of z")
     add("--noise", type=number(float, 0),
         help="standard deviation of the noise on D's input (default: 0.1; conv, grey: 0.3)")  # fmt: skip
@@ -108,12 +111,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         opt.lr = 1.6e-3 if opt.arch == "conv" else 4e-4
     if opt.class_weight is None:
         opt.class_weight = 0.2 if opt.arch == "conv" and opt.conditioning == "projection" else 0.0
-    if opt.arch == "conv" and (opt.img_size % 4 or opt.img_size < 8):  # else 34 pixels would be halved once
+    if opt.arch == "conv" and (opt.img_size % 4 or opt.img_size < 8):
         p.error(f"--img_size {opt.img_size}: --arch conv needs a multiple of 4, at least 8")
     if opt.labels and not opt.generate:
         p.error("--labels needs --generate N")
     for name in opt.labels or []:
-        if name not in opt.classes:  # which are those of the run
+        if name not in opt.classes:  # parse_and_check() has them from the run
             p.error(f"--labels {name}: not one of this run's classes: {shorten(', '.join(opt.classes), 400)}")
     return opt
 
@@ -241,7 +244,7 @@ def train(opt: Namespace) -> Path:
     # their names, which become names of folders.
     images, labels, opt.classes = load_data(opt)
     opt.channels = images.shape[1]
-    if opt.noise is None:  # 0.3 makes digits more varied, but is too much for photographs
+    if opt.noise is None:  # with conv, 0.3 makes grey digits more varied, but is too much in colour
         opt.noise = 0.3 if opt.arch == "conv" and opt.channels == 1 else 0.1
     n_classes = len(opt.classes)
     if opt.n_classes not in (None, n_classes):
@@ -272,19 +275,19 @@ def train(opt: Namespace) -> Path:
     for epoch in range(first_epoch, opt.n_epochs):
         seed(opt.seed, "epoch", epoch)  # a resume repeats the order of the images
         for real, y in itertools.islice(loader, n_done, None):
-            seed(opt.seed, "step", run.step, RANK)  # and the random numbers of each step
+            seed(opt.seed, "step", run.step, RANK)  # a resume repeats the random numbers of each step
             lr = opt.lr * min(1, opt.lr_hold / (run.step + 1)) ** 0.5
             optimizer_G.param_groups[0]["lr"] = lr
             optimizer_D.param_groups[0]["lr"] = lr
             real = real[RANK::WORLD] / 127.5 - 1  # the share of this process, from 0..255 to [-1, 1]
-            # Without noise, D could tell fakes by a trifle: the background of real digits is exactly -1,
+            # Without noise, D could know fakes by a trifle: the background of real digits is exactly -1,
             # which tanh only approaches.
             real = real + opt.noise * torch.randn_like(real)
-            y = y[RANK::WORLD]  # fakes get the same labels: each class is as frequent in both
+            y = y[RANK::WORLD]  # fakes get the same labels, so that each class is as frequent among both
             z = torch.randn(len(real), opt.latent_dim, device=device)
 
             # generator; its fakes serve the discriminator's step, too
-            D.requires_grad_(False)
+            D.requires_grad_(False)  # gradients pass through D to G; those of D are not needed
             with autocast:
                 fake = G(z, y)
                 fake = fake + opt.noise * torch.randn_like(fake)
@@ -296,7 +299,7 @@ def train(opt: Namespace) -> Path:
             average_gradients(G)
             optimizer_G.step()
 
-            # discriminator
+            # discriminator; it scores the fakes again, now for gradients of its own weights
             D.requires_grad_(True)
             with autocast:
                 real_scores, real_logits = D(real, y)
@@ -357,7 +360,8 @@ def generate(opt: Namespace) -> Path:
 
 
 # ================================================================ plumbing: the same in every script
-# From here to main, each script of the collection has the same text, so that each stands alone.
+# From here to main, each script of the collection has the same text, so that each stands alone; a few lines
+# serve only some of them.
 # ---------------------------------------------------------------- options
 
 
@@ -449,7 +453,7 @@ def average_gradients(model: nn.Module) -> None:
 
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Move the averaged weights towards the model's.
+    """Move the averaged weights, and batch norm's statistics, towards the model's.
 
     Early on they move faster (with a decay of 0.999, for 9,000 steps), so that the untrained weights do not
     stay in the average.
@@ -489,7 +493,7 @@ NAMED = ["digits", *TORCHVISION]
 def load_data(opt: Namespace, train: bool = True) -> tuple[Tensor, Tensor, list[str]]:
     """Images, uint8 (N, channels, img_size, img_size), labels (N,) and the names of the classes.
 
-    A named data set has separate training and test images; of a folder, all images are returned. Sets
+    A named data set has test images of its own, if train is False; of a folder, all images are returned. Sets
     opt.dataset if it is None. Raises InputError if there is no such data, or if it is damaged.
     """
     if opt.dataset is None:
@@ -561,7 +565,7 @@ def load_folder(opt: Namespace) -> tuple[Tensor, Tensor, list[str]]:
     """The images of a folder, decoded once. A sub-folder is a class; without any, there is one class."""
     root = Path(opt.dataset)
     if not opt.dataset or not root.is_dir():
-        raise InputError(f'--dataset "{opt.dataset}" is neither a folder nor one of {", ".join(NAMED)}')
+        raise InputError(f'"{opt.dataset}" is not a folder; data sets with a name are {", ".join(NAMED)}')
     files, others = [], Counter()
     for file in find_files(root):
         if file.suffix.lower() in datasets.folder.IMG_EXTENSIONS:
@@ -575,7 +579,7 @@ def load_folder(opt: Namespace) -> tuple[Tensor, Tensor, list[str]]:
         raise InputError(f'"{root}": no images there')
     n_loose = sum(file.parent == root for file in files)
     if 0 < n_loose < len(files):
-        raise InputError(f'"{root}": sub-folders are classes, so move the images beside them ({n_loose})')
+        raise InputError(f'"{root}": move {n_loose} images into a sub-folder, as sub-folders are the classes')
     names = ["all" if n_loose else file.relative_to(root).parts[0] for file in files]
     classes = sorted(set(names))
     if not n_loose and SPLITS.issuperset(name.lower() for name in classes):
@@ -653,7 +657,7 @@ def make_loader(images: Tensor, labels: Tensor, batch_size: int) -> DataLoader:
 
 # ---------------------------------------------------------------- runs
 
-CHECKPOINT_SECONDS = 30  # between checkpoints: a stop loses at most this much work
+CHECKPOINT_SECONDS = 30  # between two checkpoints, or a little more: what a stop may cost
 
 
 class Run:
@@ -669,7 +673,7 @@ class Run:
         self.log = []
         self.sums = {}  # of the metrics since the last record
         self.n_steps = 0  # in the sums
-        self.start = time.perf_counter()  # minus the seconds trained before a stop
+        self.start = time.perf_counter()  # after a resume, moved back by the seconds trained before
         if opt.resume is not None:
             self.folder = Path(opt.resume)
             self.restore(read_checkpoint(self.folder))
@@ -721,7 +725,7 @@ class Run:
         return f"{(self.last_step - self.step) * minutes_per_step:.1f} minutes left"
 
     def save_if_due(self) -> None:
-        """Save if CHECKPOINT_SECONDS have passed, and say how much time is left."""
+        """Save if CHECKPOINT_SECONDS have passed since the last time, and say how much time is left."""
         if time.perf_counter() > self.saved + CHECKPOINT_SECONDS:
             self.save()
             say(f"step {self.step}  {self.time_left()}")

@@ -7,16 +7,19 @@ non-saturating loss, whose gradient stays large while D rejects the fakes:
     D maximises    E[log sigmoid(D(x))]  +  E[log(1 - sigmoid(D(G(z))))]
     G maximises    E[log sigmoid(D(G(z)))]
 
-In log.csv, d_loss is minus half the first and g_loss minus the second. Both are log 2 = 0.69 while D cannot
-tell real images from fakes.
+In log.csv, d_loss is minus half of what D maximises and g_loss minus what G maximises. Both are log 2 = 0.69
+while D cannot tell real images from fakes.
 
-GAN: Goodfellow et al. 2014, arXiv:1406.2661, equation 1 and section 3. --arch conv follows DCGAN, Radford et
-al. 2015, arXiv:1511.06434, with fewer channels, other last layers in D and PyTorch's initial weights.
+GAN: Goodfellow et al. 2014, arXiv:1406.2661, equation 1 and section 3. --arch conv is made like DCGAN,
+Radford et al. 2015, arXiv:1511.06434; among what differs are the number of channels, the last layers of D,
+and the initial weights, which are PyTorch's. The learning rate falls after --lr_hold steps, so that the
+networks settle.
 
 Three additions improve the images. D sees how much its features vary in the batch, which keeps G drawing
 different images (Karras et al. 2017, arXiv:1710.10196, section 3). Gaussian noise is added to D's input,
-which makes the training more stable (Sønderby et al. 2016, arXiv:1610.04490; --noise 0: none). Samples come
-from a moving average of G's weights (Yazici et al. 2018, arXiv:1806.04498; --ema 0: from G itself).
+which makes the training more stable (Sønderby et al. 2016, arXiv:1610.04490, where it fades; --noise 0:
+none). Samples come from a moving average of G's weights (Yazici et al. 2018, arXiv:1806.04498; --ema 0: from
+G itself).
 
     python gan.py --n_epochs 20                          # MNIST; built-in digits when offline
     python gan.py --arch conv --dataset path/to/folder   # your images
@@ -58,10 +61,12 @@ from torchvision import datasets
 from torchvision.transforms import v2
 from torchvision.utils import save_image
 
-SCRIPT = Path(__file__).stem  # a run is read only by a script of the same file name
+SCRIPT = Path(__file__).stem  # a run is read only by a script of this file name, and not by a renamed copy
 USES = {"generate"}  # options that use a trained run: they need --resume
 
 # ---------------------------------------------------------------- options
+# Types of options, such as count and ON_OFF, and all other names that are not in this part of the script are
+# in "plumbing", below; among them RANK and WORLD, this process of torchrun's and how many there are.
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -72,7 +77,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     p = ArgumentParser(usage="%(prog)s [options]", description=__doc__, formatter_class=Help)
     add = p.add_argument_group("model").add_argument
     add("--arch", choices=["mlp", "conv"], default="mlp", help="fully connected or convolutional")
-    add("--hidden_dim", type=count, default=32, help="conv: channels next to the image; levels double them")
+    add("--hidden_dim", type=count, default=32,
+        help="conv: channels of the level next to the image; each further level doubles them")  # fmt: skip
     add("--latent_dim", type=count, default=100, help="size of z")
     add("--noise", type=number(float, 0), default=0.1, help="standard deviation of the noise on D's input")
     add("--ema", type=fraction, default=0.999, help="decay rate of G's averaged weights; 0: off")
@@ -98,7 +104,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--resume", metavar="RUN", help="continue the run in this folder, with its options")
     add("--generate", type=count, metavar="N", help="with --resume: write N images to RUN/generated")
     opt = parse_and_check(p, argv)
-    if opt.arch == "conv" and (opt.img_size % 4 or opt.img_size < 8):  # else 34 pixels would be halved once
+    if opt.arch == "conv" and (opt.img_size % 4 or opt.img_size < 8):
         p.error(f"--img_size {opt.img_size}: --arch conv needs a multiple of 4, at least 8")
     return opt
 
@@ -175,8 +181,8 @@ class Discriminator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         h = self.features(images)
-        # One number for the whole batch: how much the features vary. It tells D when G draws nearly the same
-        # few images again and again.
+        # One number for the whole batch: how much the features vary. It is low while G's images are all much
+        # alike, which D cannot see from one of them.
         spread = h.std(dim=0, correction=0).mean()
         logits = self.score(torch.cat([h, spread.expand(len(h), 1)], dim=1))
         return logits.float()  # with --amp, losses in float32 are more exact
@@ -218,18 +224,18 @@ def train(opt: Namespace) -> Path:
     for epoch in range(first_epoch, opt.n_epochs):
         seed(opt.seed, "epoch", epoch)  # a resume repeats the order of the images
         for real, _ in itertools.islice(loader, n_done, None):
-            seed(opt.seed, "step", run.step, RANK)  # and the random numbers of each step
+            seed(opt.seed, "step", run.step, RANK)  # a resume repeats the random numbers of each step
             lr = opt.lr * min(1, opt.lr_hold / (run.step + 1)) ** 0.5
             optimizer_G.param_groups[0]["lr"] = lr
             optimizer_D.param_groups[0]["lr"] = lr
             real = real[RANK::WORLD] / 127.5 - 1  # the share of this process, from 0..255 to [-1, 1]
-            # Without noise, D could tell fakes by a trifle: the background of real digits is exactly -1,
+            # Without noise, D could know fakes by a trifle: the background of real digits is exactly -1,
             # which tanh only approaches.
             real = real + opt.noise * torch.randn_like(real)
             z = torch.randn(len(real), opt.latent_dim, device=device)
 
             # generator; its fakes serve the discriminator's step, too
-            D.requires_grad_(False)
+            D.requires_grad_(False)  # gradients pass through D to G; those of D are not needed
             with autocast:
                 fake = G(z)
                 fake = fake + opt.noise * torch.randn_like(fake)
@@ -240,7 +246,7 @@ def train(opt: Namespace) -> Path:
             average_gradients(G)
             optimizer_G.step()
 
-            # discriminator
+            # discriminator; it sees the fakes again, now for gradients of its own weights
             D.requires_grad_(True)
             with autocast:
                 real_logits = D(real)
@@ -296,7 +302,8 @@ def generate(opt: Namespace) -> Path:
 
 
 # ================================================================ plumbing: the same in every script
-# From here to main, each script of the collection has the same text, so that each stands alone.
+# From here to main, each script of the collection has the same text, so that each stands alone; a few lines
+# serve only some of them.
 # ---------------------------------------------------------------- options
 
 
@@ -388,7 +395,7 @@ def average_gradients(model: nn.Module) -> None:
 
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Move the averaged weights towards the model's.
+    """Move the averaged weights, and batch norm's statistics, towards the model's.
 
     Early on they move faster (with a decay of 0.999, for 9,000 steps), so that the untrained weights do not
     stay in the average.
@@ -428,7 +435,7 @@ NAMED = ["digits", *TORCHVISION]
 def load_data(opt: Namespace, train: bool = True) -> tuple[Tensor, Tensor, list[str]]:
     """Images, uint8 (N, channels, img_size, img_size), labels (N,) and the names of the classes.
 
-    A named data set has separate training and test images; of a folder, all images are returned. Sets
+    A named data set has test images of its own, if train is False; of a folder, all images are returned. Sets
     opt.dataset if it is None. Raises InputError if there is no such data, or if it is damaged.
     """
     if opt.dataset is None:
@@ -500,7 +507,7 @@ def load_folder(opt: Namespace) -> tuple[Tensor, Tensor, list[str]]:
     """The images of a folder, decoded once. A sub-folder is a class; without any, there is one class."""
     root = Path(opt.dataset)
     if not opt.dataset or not root.is_dir():
-        raise InputError(f'--dataset "{opt.dataset}" is neither a folder nor one of {", ".join(NAMED)}')
+        raise InputError(f'"{opt.dataset}" is not a folder; data sets with a name are {", ".join(NAMED)}')
     files, others = [], Counter()
     for file in find_files(root):
         if file.suffix.lower() in datasets.folder.IMG_EXTENSIONS:
@@ -514,7 +521,7 @@ def load_folder(opt: Namespace) -> tuple[Tensor, Tensor, list[str]]:
         raise InputError(f'"{root}": no images there')
     n_loose = sum(file.parent == root for file in files)
     if 0 < n_loose < len(files):
-        raise InputError(f'"{root}": sub-folders are classes, so move the images beside them ({n_loose})')
+        raise InputError(f'"{root}": move {n_loose} images into a sub-folder, as sub-folders are the classes')
     names = ["all" if n_loose else file.relative_to(root).parts[0] for file in files]
     classes = sorted(set(names))
     if not n_loose and SPLITS.issuperset(name.lower() for name in classes):
@@ -592,7 +599,7 @@ def make_loader(images: Tensor, labels: Tensor, batch_size: int) -> DataLoader:
 
 # ---------------------------------------------------------------- runs
 
-CHECKPOINT_SECONDS = 30  # between checkpoints: a stop loses at most this much work
+CHECKPOINT_SECONDS = 30  # between two checkpoints, or a little more: what a stop may cost
 
 
 class Run:
@@ -608,7 +615,7 @@ class Run:
         self.log = []
         self.sums = {}  # of the metrics since the last record
         self.n_steps = 0  # in the sums
-        self.start = time.perf_counter()  # minus the seconds trained before a stop
+        self.start = time.perf_counter()  # after a resume, moved back by the seconds trained before
         if opt.resume is not None:
             self.folder = Path(opt.resume)
             self.restore(read_checkpoint(self.folder))
@@ -660,7 +667,7 @@ class Run:
         return f"{(self.last_step - self.step) * minutes_per_step:.1f} minutes left"
 
     def save_if_due(self) -> None:
-        """Save if CHECKPOINT_SECONDS have passed, and say how much time is left."""
+        """Save if CHECKPOINT_SECONDS have passed since the last time, and say how much time is left."""
         if time.perf_counter() > self.saved + CHECKPOINT_SECONDS:
             self.save()
             say(f"step {self.step}  {self.time_left()}")

@@ -7,8 +7,8 @@ product. Drawing takes one pass per position.
 
     minimised:    -log p(x) = -sum_i log p(x_i | x_1, ..., x_{i-1})    in nats per image
 
-A value is one of 256 grey levels, of black and white (--binarize), or of the codes of a vqvae.py run. Colour
-images are converted to grey: pixelcnnpp.py draws colours. Codes keep the colours of their decoder.
+A value is one of 256 grey levels, black or white (--binarize), or one of the codes of a vqvae.py run. Colour
+images are converted to grey: pixelcnnpp.py draws colours. Codes are decoded to what vqvae.py was trained on.
 
 --arch pixelcnn: van den Oord et al. 2016, arXiv:1601.06759. It has a blind spot: part of what is above and
 to the right of a position never reaches it. --arch gated: van den Oord et al. 2016, arXiv:1606.05328. It has
@@ -62,10 +62,12 @@ from torchvision import datasets
 from torchvision.transforms import v2
 from torchvision.utils import save_image
 
-SCRIPT = Path(__file__).stem  # a run is read only by a script of the same file name
+SCRIPT = Path(__file__).stem  # a run is read only by a script of this file name, and not by a renamed copy
 USES = {"generate"}  # options that use a trained run: they need --resume
 
 # ---------------------------------------------------------------- options
+# Types of options, such as count and ON_OFF, and all other names that are not in this part of the script are
+# in "plumbing", below; among them RANK and WORLD, this process of torchrun's and how many there are.
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -94,14 +96,16 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         "or a run of vqvae.py; images become grey")  # fmt: skip
     add("--data_dir", default="data", help="folder for downloaded data sets")
     add("--img_size", type=count, default=28, help="side of the images in pixels; codes have their own")
-    add("--binarize", action=ON_OFF, default=False, help="make pixels black or white at random by their grey")
+    add("--binarize", action=ON_OFF, default=False,
+        help="make each pixel white or black, at random: its grey is the probability of white")  # fmt: skip
     add("--n_cpu", type=count, default=8, help="threads that read the images of a folder")
     add = p.add_argument_group("run").add_argument
     add("--out_dir", default=f"runs/{SCRIPT}", help="folder of a new run; if it exists, a number is added")
     add("--sample_interval", type=count, default=4000, help="steps between tests, sample grids and log rows")
     add("--resume", metavar="RUN", help="continue the run in this folder, with its options")
     add("--generate", type=count, metavar="N", help="with --resume: write N images to RUN/generated")
-    p.set_defaults(channels=1, codes_hash=None)  # no options: images are grey, load_codes() sets the hash
+    # Not options: images are always grey, and load_codes() sets the hash.
+    p.set_defaults(channels=1, codes_hash=None)
     return parse_and_check(p, argv)
 
 
@@ -109,10 +113,11 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 class PixelCNN(nn.Module):
-    """What both networks share: p(x) of values x (N, 1, size, size), int64, from 0 to n_values - 1.
+    """What both networks share: p(x) of values x (N, 1, size, size), int64, below n_values.
 
-    model(x, labels) gives the logits (N, n_values, H, W) of the value at each position, given those before
-    it; x may be the first rows only. Labels (N,), int64, are used only if n_classes > 0: for p(x | label).
+    Each adds forward(): model(x, labels) gives the logits (N, n_values, H, W) of the value at each position,
+    given those before it; x may be the first rows only. Labels (N,), int64, are used only if the network was
+    made with n_classes > 0: then p(x) is always p(x | label).
     """
 
     def __init__(self, n_values: int, size: int, hidden_dim: int):
@@ -120,7 +125,7 @@ class PixelCNN(nn.Module):
         self.n_values = n_values
         self.size = size
         self.decoder = None  # the path of decoder.pt2, if the values are codes
-        self.embed = nn.Embedding(n_values, min(n_values, hidden_dim))
+        self.embed = nn.Embedding(n_values, min(n_values, hidden_dim))  # more numbers would not say more
         self.position_bias = nn.Parameter(torch.zeros(1, hidden_dim, size, size))
         self.out = nn.Sequential(
             nn.ReLU(), nn.Conv2d(hidden_dim, 2 * hidden_dim, 1),
@@ -157,15 +162,17 @@ class PixelCNN(nn.Module):
         return x
 
     def start_row(self, x: Tensor, labels: Tensor) -> tuple[Tensor, None]:
-        """What to give to forward() for the logits of the last row of x: x or a part of it, and `above`."""
+        """The arguments x and `above` with which forward() gives the logits of the last row of x.
+
+        sample() asks once a row, so that what a whole row shares can be computed once: here it is nothing.
+        """
         return x, None
 
 
 class MaskedConv(nn.Conv2d):
     """A convolution in which only the first n_seen of the kernel_size^2 positions count, from the top left.
 
-    n_seen = kernel_size^2 // 2: those before the centre (mask A of the paper); one more: the centre, too
-    (mask B).
+    kernel_size^2 // 2 are those before the centre (mask A of the paper); one more is the centre (mask B).
     """
 
     def __init__(self, n_in: int, n_out: int, kernel_size: int, n_seen: int):
@@ -194,7 +201,7 @@ class MaskedPixelCNN(PixelCNN):
             ))  # fmt: skip
 
     def forward(self, x: Tensor, labels: Tensor, above=None) -> Tensor:
-        """above is not used: each position is drawn from all rows drawn so far."""
+        """The logits, as in PixelCNN. above is not used; GatedPixelCNN needs it for drawing."""
         e = self.embed(x[:, 0]).movedim(-1, 1)
         h = add_bias(self.first(e), self.label_bias, labels) + self.position_bias[:, :, : x.shape[2]]
         for block in self.blocks:
@@ -206,7 +213,7 @@ class GatedPixelCNN(PixelCNN):
     """--arch gated (arXiv:1606.05328, figure 2).
 
     The vertical stack sees the rows above. The horizontal one sees the positions to the left in the row, and
-    is handed the features of the vertical stack, which the label's bias has entered.
+    is handed the features of the vertical stack, to which the label's bias has been added.
     """
 
     def __init__(self, n_values: int, size: int, hidden_dim: int, n_layers: int, n_classes: int):
@@ -216,7 +223,7 @@ class GatedPixelCNN(PixelCNN):
         self.layers = nn.ModuleList(GatedLayer(hidden_dim, n_classes) for _ in range(n_layers))
 
     def forward(self, x: Tensor, labels: Tensor, above: list[Tensor] | None = None) -> Tensor:
-        """above: the output of vertical() for the rows of x, if it is known; start_row() gives both."""
+        """The logits, as in PixelCNN. above: the output of vertical() for the rows of x, if it is known."""
         e = self.embed(x[:, 0]).movedim(-1, 1)
         h = self.first_horizontal(F.pad(e[..., :-1], (3, 0)))  # column j sees columns j - 3 to j - 1
         for layer, from_above in zip(self.layers, above or self.vertical(x, labels)):
@@ -237,11 +244,12 @@ class GatedPixelCNN(PixelCNN):
         return handed
 
     def start_row(self, x: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The last row alone, and what the vertical stack hands to it, which depends only on rows above."""
         return x[:, :, -1:], [handed[:, :, -1:] for handed in self.vertical(x, labels)]
 
 
 class GatedLayer(nn.Module):
-    """The weights of a layer of GatedPixelCNN."""
+    """The weights of a layer of GatedPixelCNN. The vertical stack runs through all layers first."""
 
     def __init__(self, dim: int, n_classes: int):
         super().__init__()
@@ -315,7 +323,7 @@ def to_values(images: Tensor, binarize: bool) -> Tensor:
 
 @torch.no_grad()
 def test(model: PixelCNN, x: Tensor, labels: Tensor) -> dict[str, float]:
-    """-log p(x) of test values: nats per image, and bits per pixel (and channel) or per code."""
+    """-log p(x) of test values: nats per image, and bits per pixel or per code."""
     parts = zip(x.split(100), labels.split(100))
     log_p = torch.cat([model.log_prob(*part) for part in parts])
     nats = -log_p.mean().item()
@@ -328,6 +336,7 @@ def train(opt: Namespace) -> Path:
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group()
     device = find_device(opt.device)
+    # A resumed run on codes has their hash; a new one is known by the checkpoint of vqvae.py.
     is_folder = opt.dataset and opt.dataset not in NAMED
     if opt.codes_hash or (is_folder and Path(opt.dataset, "checkpoint.pt").exists()):
         images, labels, test_images, test_labels = load_codes(opt)
@@ -364,7 +373,7 @@ def train(opt: Namespace) -> Path:
     for epoch in range(first_epoch, opt.n_epochs):
         seed(opt.seed, "epoch", epoch)  # a resume repeats the order of the images
         for batch, y in itertools.islice(loader, n_done, None):
-            seed(opt.seed, "step", run.step, RANK)  # and the random numbers of each step
+            seed(opt.seed, "step", run.step, RANK)  # a resume repeats the random numbers of each step
             x = to_values(batch[RANK::WORLD], opt.binarize)  # black and white is drawn anew in each epoch
             y = y[RANK::WORLD]
 
@@ -436,7 +445,8 @@ def generate(opt: Namespace) -> Path:
 
 
 # ================================================================ plumbing: the same in every script
-# From here to main, each script of the collection has the same text, so that each stands alone.
+# From here to main, each script of the collection has the same text, so that each stands alone; a few lines
+# serve only some of them.
 # ---------------------------------------------------------------- options
 
 
@@ -528,7 +538,7 @@ def average_gradients(model: nn.Module) -> None:
 
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Move the averaged weights towards the model's.
+    """Move the averaged weights, and batch norm's statistics, towards the model's.
 
     Early on they move faster (with a decay of 0.999, for 9,000 steps), so that the untrained weights do not
     stay in the average.
@@ -568,7 +578,7 @@ NAMED = ["digits", *TORCHVISION]
 def load_data(opt: Namespace, train: bool = True) -> tuple[Tensor, Tensor, list[str]]:
     """Images, uint8 (N, channels, img_size, img_size), labels (N,) and the names of the classes.
 
-    A named data set has separate training and test images; of a folder, all images are returned. Sets
+    A named data set has test images of its own, if train is False; of a folder, all images are returned. Sets
     opt.dataset if it is None. Raises InputError if there is no such data, or if it is damaged.
     """
     if opt.dataset is None:
@@ -640,7 +650,7 @@ def load_folder(opt: Namespace) -> tuple[Tensor, Tensor, list[str]]:
     """The images of a folder, decoded once. A sub-folder is a class; without any, there is one class."""
     root = Path(opt.dataset)
     if not opt.dataset or not root.is_dir():
-        raise InputError(f'--dataset "{opt.dataset}" is neither a folder nor one of {", ".join(NAMED)}')
+        raise InputError(f'"{opt.dataset}" is not a folder; data sets with a name are {", ".join(NAMED)}')
     files, others = [], Counter()
     for file in find_files(root):
         if file.suffix.lower() in datasets.folder.IMG_EXTENSIONS:
@@ -654,7 +664,7 @@ def load_folder(opt: Namespace) -> tuple[Tensor, Tensor, list[str]]:
         raise InputError(f'"{root}": no images there')
     n_loose = sum(file.parent == root for file in files)
     if 0 < n_loose < len(files):
-        raise InputError(f'"{root}": sub-folders are classes, so move the images beside them ({n_loose})')
+        raise InputError(f'"{root}": move {n_loose} images into a sub-folder, as sub-folders are the classes')
     names = ["all" if n_loose else file.relative_to(root).parts[0] for file in files]
     classes = sorted(set(names))
     if not n_loose and SPLITS.issuperset(name.lower() for name in classes):
@@ -732,7 +742,7 @@ def make_loader(images: Tensor, labels: Tensor, batch_size: int) -> DataLoader:
 
 # ---------------------------------------------------------------- runs
 
-CHECKPOINT_SECONDS = 30  # between checkpoints: a stop loses at most this much work
+CHECKPOINT_SECONDS = 30  # between two checkpoints, or a little more: what a stop may cost
 
 
 class Run:
@@ -748,7 +758,7 @@ class Run:
         self.log = []
         self.sums = {}  # of the metrics since the last record
         self.n_steps = 0  # in the sums
-        self.start = time.perf_counter()  # minus the seconds trained before a stop
+        self.start = time.perf_counter()  # after a resume, moved back by the seconds trained before
         if opt.resume is not None:
             self.folder = Path(opt.resume)
             self.restore(read_checkpoint(self.folder))
@@ -800,7 +810,7 @@ class Run:
         return f"{(self.last_step - self.step) * minutes_per_step:.1f} minutes left"
 
     def save_if_due(self) -> None:
-        """Save if CHECKPOINT_SECONDS have passed, and say how much time is left."""
+        """Save if CHECKPOINT_SECONDS have passed since the last time, and say how much time is left."""
         if time.perf_counter() > self.saved + CHECKPOINT_SECONDS:
             self.save()
             say(f"step {self.step}  {self.time_left()}")

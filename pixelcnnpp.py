@@ -11,7 +11,7 @@ mixture of logistics for grey levels and colours, and a softmax for black and wh
 PixelCNN++: Salimans et al. 2017, arXiv:1701.05517; the defaults are a small model. Two streams without a
 blind spot, and the label as a bias: van den Oord et al. 2016, arXiv:1606.05328. Codes: van den Oord et al.
 2017, arXiv:1711.00937. Averaged weights: Polyak & Juditsky 1992. Beyond these papers, each position has a
-bias of its own, which is added to the first features.
+bias of its own, by which the network knows where in the image it is.
 
     python pixelcnnpp.py --conditional --n_epochs 20               # MNIST; built-in digits when offline
     python pixelcnnpp.py --dataset path/to/folder --img_size 32    # your images
@@ -61,10 +61,12 @@ from torchvision import datasets
 from torchvision.transforms import v2
 from torchvision.utils import save_image
 
-SCRIPT = Path(__file__).stem  # a run is read only by a script of the same file name
+SCRIPT = Path(__file__).stem  # a run is read only by a script of this file name, and not by a renamed copy
 USES = {"generate"}  # options that use a trained run: they need --resume
 
 # ---------------------------------------------------------------- options
+# Types of options, such as count and ON_OFF, and all other names that are not in this part of the script are
+# in "plumbing", below; among them RANK and WORLD, this process of torchrun's and how many there are.
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -93,9 +95,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         "or a run of vqvae.py")  # fmt: skip
     add("--data_dir", default="data", help="folder for downloaded data sets")
     add("--img_size", type=count, default=28,
-        help="side of the images in pixels, a multiple of 4; codes have their own")  # fmt: skip
+        help="side of the images in pixels; codes have their own; a multiple of 4")  # fmt: skip
     add("--channels", type=int, choices=[1, 3], help="1: grey, 3: colour (default: the data's; a folder: 3)")
-    add("--binarize", action=ON_OFF, default=False, help="make pixels black or white at random by their grey")
+    add("--binarize", action=ON_OFF, default=False,
+        help="make each pixel white or black, at random: its grey is the probability of white")  # fmt: skip
     add("--n_cpu", type=count, default=8, help="threads that read the images of a folder")
     add = p.add_argument_group("run").add_argument
     add("--out_dir", default=f"runs/{SCRIPT}", help="folder of a new run; if it exists, a number is added")
@@ -135,8 +138,9 @@ def logistics(out: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def mixture_log_prob(out: Tensor, x: Tensor) -> Tensor:
     """log p (N, ...), in nats, of pixels x (N, C, ...) from 0 to 255, for the output (N, n_out, ...).
 
-    A value has the probability of the interval around it; the intervals of 0 and of 255 reach to infinity
-    (arXiv:1701.05517, equation 2). If a and b are its ends, minus the mean and divided by the scale, this is
+    A value has the probability of the interval of half-width 1/255 around it in [-1, 1]; those of 0 and of
+    255 reach to infinity (arXiv:1701.05517, equation 2). With a and b, the ends of the interval less the
+    mean and over the scale, that probability is
 
         s(b) - s(a)  =  s(b) s(-a) (1 - exp(a - b)),    where s is the sigmoid function:
 
@@ -191,9 +195,10 @@ def concat_elu(x: Tensor) -> Tensor:
 class GatedBlock(nn.Module):
     """Features x (N, dim, H, W) -> x + a * sigmoid(b), where two convolutions in a row make a and b.
 
-    Each sees two rows, i - 1 and i: with width 2 the columns j - 1 and j, with width 3 also j + 1. A 1x1
-    convolution adds what other features (N, n_other, H, W) say, if n_other > 0, and a label has a bias, if
-    n_classes > 0. resize: "halve" or "double" the height and width of x first, or "".
+    At position (i, j) each sees the rows i - 1 and i, with width 2 their columns j - 1 and j, with width 3
+    also j + 1. If n_other > 0, a 1x1 convolution of other features (N, n_other, H, W) is added after the
+    first; if n_classes > 0, a bias for each label after the second. resize: "halve" or "double" the height
+    and width of x first, or "".
     """
 
     def __init__(self, width: int, resize: str, n_other: int, dim: int, dropout: float, n_classes: int):
@@ -201,8 +206,8 @@ class GatedBlock(nn.Module):
         kernel_size = (2, width)
         padding = (1, width - 2, 1, 0)  # left, right, top, bottom
         self.resize = nn.Identity()
-        # Row i of half the size sees the rows 2i - 1 and 2i, and is doubled to the rows 2i and 2i + 1: so no
-        # row sees a later one. For the columns of a block of width 2 it is the same.
+        # Halving makes row i of the rows 2i - 1 and 2i, and doubling makes it the rows 2i and 2i + 1 again:
+        # after both, no row has seen a later one. The same holds for columns, if the width is 2.
         if resize == "halve":
             self.resize = shifted_conv(dim, dim, kernel_size, padding, stride=2)
         if resize == "double":
@@ -258,7 +263,7 @@ class PixelCNNpp(nn.Module):
         self.size = size
         self.decoder = None  # the path of decoder.pt2, if the values are codes
         if softmax:
-            n_in = min(n_values, dim)
+            n_in = min(n_values, dim)  # of two values, an embedding of two numbers says all
             n_out = n_values
             self.embed = nn.Embedding(n_values, n_in)
         else:
@@ -274,7 +279,7 @@ class PixelCNNpp(nn.Module):
             resizes = i in (n_layers, 2 * n_layers)  # the first block of another size
             resize = "halve" if resizes else ""
             u_block = GatedBlock(3, resize, 0, dim, dropout, n_classes)
-            ul_block = GatedBlock(2, resize, dim, dim, dropout, n_classes)
+            ul_block = GatedBlock(2, resize, dim, dim, dropout, n_classes)  # its other features are u
             self.down.append(nn.ModuleList([u_block, ul_block]))
             resize = "double" if resizes else ""
             u_block = GatedBlock(3, resize, dim, dim, dropout, n_classes)
@@ -402,6 +407,7 @@ def train(opt: Namespace) -> Path:
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group()
     device = find_device(opt.device)
+    # A resumed run on codes has their hash; a new one is known by the checkpoint of vqvae.py.
     is_folder = opt.dataset and opt.dataset not in NAMED
     if opt.codes_hash or (is_folder and Path(opt.dataset, "checkpoint.pt").exists()):
         images, labels, test_images, test_labels = load_codes(opt)
@@ -409,7 +415,7 @@ def train(opt: Namespace) -> Path:
         # For data that is not a folder of images, replace this line. Images are uint8 (N, channels, H, W),
         # with H and W equal to opt.img_size. Labels are int64 (N,), class numbers from 0, and classes is the
         # list of their names, which become names of folders. Leave out --dataset: then every tenth image is
-        # for the test.
+        # for the test. With --binarize there is one channel.
         images, labels, opt.classes = load_data(opt)
         images, labels, test_images, test_labels = hold_out(opt, images, labels)
         opt.n_values = 2 if opt.binarize else 256
@@ -442,7 +448,7 @@ def train(opt: Namespace) -> Path:
     for epoch in range(first_epoch, opt.n_epochs):
         seed(opt.seed, "epoch", epoch)  # a resume repeats the order of the images
         for batch, y in itertools.islice(loader, n_done, None):
-            seed(opt.seed, "step", run.step, RANK)  # and the random numbers of each step
+            seed(opt.seed, "step", run.step, RANK)  # a resume repeats the random numbers of each step
             x = to_values(batch[RANK::WORLD], opt.binarize)  # black and white is drawn anew in each epoch
             y = y[RANK::WORLD]
 
@@ -517,7 +523,8 @@ def generate(opt: Namespace) -> Path:
 
 
 # ================================================================ plumbing: the same in every script
-# From here to main, each script of the collection has the same text, so that each stands alone.
+# From here to main, each script of the collection has the same text, so that each stands alone; a few lines
+# serve only some of them.
 # ---------------------------------------------------------------- options
 
 
@@ -609,7 +616,7 @@ def average_gradients(model: nn.Module) -> None:
 
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Move the averaged weights towards the model's.
+    """Move the averaged weights, and batch norm's statistics, towards the model's.
 
     Early on they move faster (with a decay of 0.999, for 9,000 steps), so that the untrained weights do not
     stay in the average.
@@ -649,7 +656,7 @@ NAMED = ["digits", *TORCHVISION]
 def load_data(opt: Namespace, train: bool = True) -> tuple[Tensor, Tensor, list[str]]:
     """Images, uint8 (N, channels, img_size, img_size), labels (N,) and the names of the classes.
 
-    A named data set has separate training and test images; of a folder, all images are returned. Sets
+    A named data set has test images of its own, if train is False; of a folder, all images are returned. Sets
     opt.dataset if it is None. Raises InputError if there is no such data, or if it is damaged.
     """
     if opt.dataset is None:
@@ -721,7 +728,7 @@ def load_folder(opt: Namespace) -> tuple[Tensor, Tensor, list[str]]:
     """The images of a folder, decoded once. A sub-folder is a class; without any, there is one class."""
     root = Path(opt.dataset)
     if not opt.dataset or not root.is_dir():
-        raise InputError(f'--dataset "{opt.dataset}" is neither a folder nor one of {", ".join(NAMED)}')
+        raise InputError(f'"{opt.dataset}" is not a folder; data sets with a name are {", ".join(NAMED)}')
     files, others = [], Counter()
     for file in find_files(root):
         if file.suffix.lower() in datasets.folder.IMG_EXTENSIONS:
@@ -735,7 +742,7 @@ def load_folder(opt: Namespace) -> tuple[Tensor, Tensor, list[str]]:
         raise InputError(f'"{root}": no images there')
     n_loose = sum(file.parent == root for file in files)
     if 0 < n_loose < len(files):
-        raise InputError(f'"{root}": sub-folders are classes, so move the images beside them ({n_loose})')
+        raise InputError(f'"{root}": move {n_loose} images into a sub-folder, as sub-folders are the classes')
     names = ["all" if n_loose else file.relative_to(root).parts[0] for file in files]
     classes = sorted(set(names))
     if not n_loose and SPLITS.issuperset(name.lower() for name in classes):
@@ -813,7 +820,7 @@ def make_loader(images: Tensor, labels: Tensor, batch_size: int) -> DataLoader:
 
 # ---------------------------------------------------------------- runs
 
-CHECKPOINT_SECONDS = 30  # between checkpoints: a stop loses at most this much work
+CHECKPOINT_SECONDS = 30  # between two checkpoints, or a little more: what a stop may cost
 
 
 class Run:
@@ -829,7 +836,7 @@ class Run:
         self.log = []
         self.sums = {}  # of the metrics since the last record
         self.n_steps = 0  # in the sums
-        self.start = time.perf_counter()  # minus the seconds trained before a stop
+        self.start = time.perf_counter()  # after a resume, moved back by the seconds trained before
         if opt.resume is not None:
             self.folder = Path(opt.resume)
             self.restore(read_checkpoint(self.folder))
@@ -881,7 +888,7 @@ class Run:
         return f"{(self.last_step - self.step) * minutes_per_step:.1f} minutes left"
 
     def save_if_due(self) -> None:
-        """Save if CHECKPOINT_SECONDS have passed, and say how much time is left."""
+        """Save if CHECKPOINT_SECONDS have passed since the last time, and say how much time is left."""
         if time.perf_counter() > self.saved + CHECKPOINT_SECONDS:
             self.save()
             say(f"step {self.step}  {self.time_left()}")

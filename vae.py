@@ -2,7 +2,7 @@
 
 The encoder turns an image x into a Gaussian q(z|x) = N(mu, diag(exp(logvar))). The decoder turns a vector z
 into p(x|z), a distribution over images. Together they maximise the evidence lower bound (ELBO), in nats per
-image, with the prior p(z) = N(0, 1):
+image, with the prior p(z) = N(0, I):
 
     log p(x)  >=  ELBO  =  E_q[log p(x|z)] - KL(q(z|x) || p(z))
 
@@ -10,7 +10,7 @@ E_q is estimated with one sample of z per image. --beta weights the KL; if it is
 objective is no longer the ELBO, but the log still reports the ELBO. With --conditional, encoder and decoder
 are given the label, and the ELBO bounds log p(x|label).
 
-What log p(x) is depends on the likelihood. Compare ELBOs only of the same likelihood and size of images:
+What log p(x) is depends on the likelihood. Compare ELBOs only of the same likelihood and images:
 
     gaussian                the log-density of pixels scaled to [0, 1]
     bernoulli, --binarize   the log-probability of a binary image
@@ -18,8 +18,8 @@ What log p(x) is depends on the likelihood. Compare ELBOs only of the same likel
                             ELBO bounds E[log p(b)], where b is a binary image drawn with them.
 
 New images are the mean of p(x|z). Their z is drawn from a Gaussian that is fitted to the encoded training
-images of a class, anew for each sample grid. With --prior normal, and as long as a run has made no grid, it
-is drawn from p(z). The KL is always that to p(z).
+images of a class, anew for each sample grid. With --prior normal, and before the first grid, it is drawn from
+p(z). The KL is always that to p(z).
 
 VAE: Kingma & Welling 2013, arXiv:1312.6114, equation 10. Beta: Higgins et al. 2017. Optimal variance: Rybkin
 et al. 2020, arXiv:2006.13202. Conditional VAE: Sohn et al. 2015. Fitted prior: Ghosh et al. 2019,
@@ -66,10 +66,12 @@ from torchvision import datasets
 from torchvision.transforms import v2
 from torchvision.utils import save_image
 
-SCRIPT = Path(__file__).stem  # a run is read only by a script of the same file name
+SCRIPT = Path(__file__).stem  # a run is read only by a script of this file name, and not by a renamed copy
 USES = {"generate", "labels", "reconstruct"}  # options that use a trained run: they need --resume
 
 # ---------------------------------------------------------------- options
+# Types of options, such as count and ON_OFF, and all other names that are not in this part of the script are
+# in "plumbing", below; among them RANK and WORLD, this process of torchrun's and how many there are.
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -80,7 +82,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     p = ArgumentParser(usage="%(prog)s [options]", description=__doc__, formatter_class=Help)
     add = p.add_argument_group("model").add_argument
     add("--arch", choices=["burgess", "conv", "vanilla", "mlp"], default="burgess",
-        help="burgess: light convolutions; conv, vanilla: 4 or 5 wider levels; mlp: fully connected")  # fmt: skip
+        help="burgess: light convolutions; conv, vanilla: wider ones; mlp: fully connected")  # fmt: skip
     add("--conditional", action=ON_OFF, default=False, help="give the label to encoder and decoder")
     add("--likelihood", choices=["bernoulli", "gaussian"],
         help="p(x|z) of a pixel; if not given: bernoulli for grey images, gaussian for colour")  # fmt: skip
@@ -88,7 +90,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         help="train on binary images, drawn anew each time with the pixels as probabilities")  # fmt: skip
     add("--beta", type=number(float, 0), default=1.0, help="weight of the KL in the loss; 1: the ELBO")
     add("--prior", choices=["fitted", "normal"], default="fitted",
-        help="z of new images only: from a Gaussian fitted to each class, or from N(0, 1)")  # fmt: skip
+        help="z of new images only: from a Gaussian fitted to each class, or from N(0, I)")  # fmt: skip
     add("--latent_dim", type=count, default=128, help="size of z")
     add("--ema", type=fraction, default=0.999, help="decay rate of the averaged weights; 0: off")
     add = p.add_argument_group("training").add_argument
@@ -128,7 +130,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     if opt.labels and not opt.generate:
         p.error("--labels needs --generate N")
     for name in opt.labels or []:
-        if name not in opt.classes:  # which are those of the run
+        if name not in opt.classes:  # parse_and_check() has them from the run
             p.error(f"--labels {name}: not one of this run's classes: {shorten(', '.join(opt.classes), 400)}")
     return opt
 
@@ -159,8 +161,8 @@ class VAE(nn.Module):
         super().__init__()
         self.conditional = conditional
         n_in = channels + 1 if conditional else channels  # the label's embedding is a channel
-        # The encoder ends with n_features numbers. The decoder begins with as many: decode_z makes them of z.
-        if arch == "mlp":  # Kingma & Welling, appendix C, but with ReLU and PyTorch's 400 units
+        # x -> encoder -> n_features numbers -> mu, logvar;  z -> decode_z -> n_features numbers -> decoder
+        if arch == "mlp":  # Kingma & Welling, appendix C, with ReLU, and 400 units as in PyTorch's example
             n_features = 400
             self.encoder = nn.Sequential(
                 nn.Flatten(),
@@ -200,8 +202,8 @@ class VAE(nn.Module):
             encoder = [nn.Conv2d(n_in, 32, 4, 2, 1), nn.SiLU(), nn.Conv2d(32, 64, 4, 2, 1), nn.SiLU()]
             decoder = [nn.ConvTranspose2d(64, 32, 4, 2, 1), nn.SiLU()]
             decoder += [nn.ConvTranspose2d(32, channels, 4, 2, 1)]
-            # More levels for larger images, so that the linear layers stay small: 64 or 96 pixels end with 8
-            # or 6, but 100 with 25, which is odd.
+            # Larger images have more levels, so that the linear layers stay small: a side of 64 pixels ends
+            # with 8 and one of 96 with 6. One of 100 ends with 25, which cannot be halved.
             while side > 8 and side % 2 == 0:
                 side //= 2
                 encoder += [nn.Conv2d(64, 64, 4, 2, 1), nn.SiLU()]
@@ -243,7 +245,7 @@ class VAE(nn.Module):
     def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The logits decoded from one sample of q(z|x), and its mu and logvar."""
         mu, logvar = self.encode(x, labels)
-        # Reparametrisation: written so, z passes gradients to mu and logvar.
+        # Reparametrisation: z is a function of mu and logvar, to which it passes gradients.
         z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
         return self.decode(z, labels), mu, logvar
 
@@ -254,7 +256,10 @@ class VAE(nn.Module):
 
 
 class Prior(nn.Module):
-    """The Gaussian of each class from which z of new images is drawn; N(0, 1) before it is fitted."""
+    """The Gaussian of each class from which z of new images is drawn.
+
+    It is N(0, I) before it is fitted, and for a class of which there are no training images.
+    """
 
     def __init__(self, n_classes: int, latent_dim: int):
         super().__init__()
@@ -275,8 +280,9 @@ class Prior(nn.Module):
             self.mean[k] = mu.mean(dim=0)
             deviations = (mu - self.mean[k]) / len(mu) ** 0.5
             variance = logvar.exp().mean(dim=0)
-            # The covariance is rows.T @ rows. With rows = Q @ R it is R.T @ R, the covariance of R.T @ noise.
-            # QR, unlike Cholesky, takes any matrix. It is done on the CPU, as not every device can.
+            # The rows are such that rows.T @ rows is the covariance. With rows = Q @ R that is R.T @ R, which
+            # is the covariance of R.T @ noise. Cholesky would fail for a singular covariance; QR does not. It
+            # is done on the CPU, as not every device can.
             rows = torch.cat([deviations, variance.sqrt().diag()])
             self.scale[k] = torch.linalg.qr(rows.cpu(), mode="r").R.T
 
@@ -316,7 +322,7 @@ def best_variance(x: Tensor, logits: Tensor) -> Tensor:
 
 
 def kl_divergence(mu: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mu, exp(logvar)) || N(0, 1)) per image, in nats (N,) (Kingma & Welling, appendix B)."""
+    """KL(N(mu, diag(exp(logvar))) || N(0, I)) per image, in nats (N,) (Kingma & Welling, appendix B)."""
     return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(dim=1)
 
 
@@ -361,7 +367,7 @@ def train(opt: Namespace) -> Path:
     images, labels, opt.classes = load_data(opt)
     images, labels, test_images, test_labels = hold_out(opt, images, labels)
     if opt.prior == "normal" and not opt.conditional:
-        opt.classes = ["all"]  # nothing in such a model depends on the label
+        opt.classes = ["all"]  # labels are not used, and --resume compares only the number of images
     n_classes = len(opt.classes)
     opt.channels = images.shape[1]
     if opt.likelihood is None:
@@ -376,7 +382,7 @@ def train(opt: Namespace) -> Path:
     torch.manual_seed(opt.seed)
     model = VAE(opt.arch, opt.img_size, opt.channels, opt.latent_dim, n_classes, opt.conditional)
     model.to(device, memory_format=torch.channels_last)  # faster convolutions
-    model_avg = copy.deepcopy(model).eval().requires_grad_(False)  # for tests, grids and load()
+    model_avg = copy.deepcopy(model).eval().requires_grad_(False)  # for all but training; without gradients
     prior = Prior(n_classes, opt.latent_dim).to(device)
     optimizer = torch.optim.Adam(model.parameters(), opt.lr, (opt.b1, opt.b2), fused=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=opt.amp)
@@ -394,7 +400,7 @@ def train(opt: Namespace) -> Path:
     for epoch in range(first_epoch, opt.n_epochs):
         seed(opt.seed, "epoch", epoch)  # a resume repeats the order of the images
         for batch, y in itertools.islice(loader, n_done, None):
-            seed(opt.seed, "step", run.step, RANK)  # and the random numbers of each step
+            seed(opt.seed, "step", run.step, RANK)  # a resume repeats the random numbers of each step
             x = to_x(batch[RANK::WORLD], opt.binarize)
             y = y[RANK::WORLD]
 
@@ -402,7 +408,7 @@ def train(opt: Namespace) -> Path:
                 logits, mu, logvar = model(x, y)
             logits = logits.float()
             if opt.likelihood == "gaussian":
-                model.variance.copy_(best_variance(x, logits))  # model_avg has its moving average
+                model.variance.copy_(best_variance(x, logits))  # of the batch; model_avg has its average
             log_lik = log_likelihood(x, logits, opt.likelihood, model.variance).mean()
             kl = kl_divergence(mu.float(), logvar.float()).mean()
             loss = opt.beta * kl - log_lik
@@ -412,7 +418,7 @@ def train(opt: Namespace) -> Path:
             optimizer.step()
 
             update_average(model_avg, model, opt.ema, run.step)
-            run.end_step(elbo=log_lik - kl, log_lik=log_lik, kl=kl)
+            run.end_step(elbo=log_lik - kl, log_lik=log_lik, kl=kl)  # means since the last row
             if run.step % opt.sample_interval == 0 or run.step == run.last_step:
                 if opt.prior == "fitted":
                     prior.fit(model_avg, images, labels, opt.binarize)
@@ -420,6 +426,7 @@ def train(opt: Namespace) -> Path:
                 run.save_grid("sample", model_avg.decode(z, grid_labels).sigmoid(), 10)
                 pairs = torch.cat([grid_x, model_avg.reconstruct(grid_x, grid_y)])
                 run.save_grid("recon", pairs, len(grid_x))  # the test images, and below them the model's
+                # Of the averaged weights: often higher than elbo.
                 run.record(test_elbo=test(model_avg, test_images, test_labels, opt))
             run.save_if_due()
         n_done = 0
@@ -433,8 +440,8 @@ def train(opt: Namespace) -> Path:
 def load(folder: str | Path, device: str | torch.device = "cpu") -> VAE:
     """The averaged model of a run, in eval mode, with the run's options as `model.options`.
 
-    For images x in [0, 1], which are 0 or 1 with --binarize, and labels k of model.options.classes[k], all
-    on the model's device:
+    x are images (N, channels, img_size, img_size) in [0, 1], with --binarize only 0 and 1. Labels are int64
+    (N,); k stands for the class model.options.classes[k]. All are on the model's device:
 
         mu, logvar = model.encode(x, labels)
         images = model.reconstruct(x, labels)
@@ -475,8 +482,8 @@ def generate(opt: Namespace) -> Path:
 def reconstruct(opt: Namespace) -> Path:
     """Write each image of the folder opt.reconstruct beside its reconstruction.
 
-    The files are numbered in the order of the images' paths. With --conditional, sub-folders are classes.
-    Raises InputError if one is none of the run's.
+    The folder is one that could be trained on. The files are numbered in the order of the images' paths. With
+    --conditional, sub-folders are classes. Raises InputError if one is none of the run's.
     """
     device = find_device(opt.device)
     model = load(opt.resume, device)
@@ -500,7 +507,8 @@ def reconstruct(opt: Namespace) -> Path:
 
 
 # ================================================================ plumbing: the same in every script
-# From here to main, each script of the collection has the same text, so that each stands alone.
+# From here to main, each script of the collection has the same text, so that each stands alone; a few lines
+# serve only some of them.
 # ---------------------------------------------------------------- options
 
 
@@ -592,7 +600,7 @@ def average_gradients(model: nn.Module) -> None:
 
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Move the averaged weights towards the model's.
+    """Move the averaged weights, and batch norm's statistics, towards the model's.
 
     Early on they move faster (with a decay of 0.999, for 9,000 steps), so that the untrained weights do not
     stay in the average.
@@ -632,7 +640,7 @@ NAMED = ["digits", *TORCHVISION]
 def load_data(opt: Namespace, train: bool = True) -> tuple[Tensor, Tensor, list[str]]:
     """Images, uint8 (N, channels, img_size, img_size), labels (N,) and the names of the classes.
 
-    A named data set has separate training and test images; of a folder, all images are returned. Sets
+    A named data set has test images of its own, if train is False; of a folder, all images are returned. Sets
     opt.dataset if it is None. Raises InputError if there is no such data, or if it is damaged.
     """
     if opt.dataset is None:
@@ -704,7 +712,7 @@ def load_folder(opt: Namespace) -> tuple[Tensor, Tensor, list[str]]:
     """The images of a folder, decoded once. A sub-folder is a class; without any, there is one class."""
     root = Path(opt.dataset)
     if not opt.dataset or not root.is_dir():
-        raise InputError(f'--dataset "{opt.dataset}" is neither a folder nor one of {", ".join(NAMED)}')
+        raise InputError(f'"{opt.dataset}" is not a folder; data sets with a name are {", ".join(NAMED)}')
     files, others = [], Counter()
     for file in find_files(root):
         if file.suffix.lower() in datasets.folder.IMG_EXTENSIONS:
@@ -718,7 +726,7 @@ def load_folder(opt: Namespace) -> tuple[Tensor, Tensor, list[str]]:
         raise InputError(f'"{root}": no images there')
     n_loose = sum(file.parent == root for file in files)
     if 0 < n_loose < len(files):
-        raise InputError(f'"{root}": sub-folders are classes, so move the images beside them ({n_loose})')
+        raise InputError(f'"{root}": move {n_loose} images into a sub-folder, as sub-folders are the classes')
     names = ["all" if n_loose else file.relative_to(root).parts[0] for file in files]
     classes = sorted(set(names))
     if not n_loose and SPLITS.issuperset(name.lower() for name in classes):
@@ -796,7 +804,7 @@ def make_loader(images: Tensor, labels: Tensor, batch_size: int) -> DataLoader:
 
 # ---------------------------------------------------------------- runs
 
-CHECKPOINT_SECONDS = 30  # between checkpoints: a stop loses at most this much work
+CHECKPOINT_SECONDS = 30  # between two checkpoints, or a little more: what a stop may cost
 
 
 class Run:
@@ -812,7 +820,7 @@ class Run:
         self.log = []
         self.sums = {}  # of the metrics since the last record
         self.n_steps = 0  # in the sums
-        self.start = time.perf_counter()  # minus the seconds trained before a stop
+        self.start = time.perf_counter()  # after a resume, moved back by the seconds trained before
         if opt.resume is not None:
             self.folder = Path(opt.resume)
             self.restore(read_checkpoint(self.folder))
@@ -864,7 +872,7 @@ class Run:
         return f"{(self.last_step - self.step) * minutes_per_step:.1f} minutes left"
 
     def save_if_due(self) -> None:
-        """Save if CHECKPOINT_SECONDS have passed, and say how much time is left."""
+        """Save if CHECKPOINT_SECONDS have passed since the last time, and say how much time is left."""
         if time.perf_counter() > self.saved + CHECKPOINT_SECONDS:
             self.save()
             say(f"step {self.step}  {self.time_left()}")

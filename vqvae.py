@@ -28,7 +28,8 @@ their labels ("codes", "labels") and those of the test images ("test_codes", "te
     images = torch.export.load("runs/vqvae/decoder.pt2").module()(codes.long())
 
 A run that was stopped has not written them yet. To have it write them, give --resume runs/vqvae and
---n_epochs 1: it ends at once, or after its first epoch if it was stopped in that one.
+--n_epochs 1: it ends at once, or after its first epoch if it was stopped in that one. To train it further
+after that, give --n_epochs again.
 """
 
 # /// script
@@ -68,10 +69,12 @@ from torchvision import datasets
 from torchvision.transforms import v2
 from torchvision.utils import save_image
 
-SCRIPT = Path(__file__).stem  # a run is read only by a script of the same file name
+SCRIPT = Path(__file__).stem  # a run is read only by a script of this file name, and not by a renamed copy
 USES = {"generate"}  # options that use a trained run: they need --resume
 
 # ---------------------------------------------------------------- options
+# Types of options, such as count and ON_OFF, and all other names that are not in this part of the script are
+# in "plumbing", below; among them RANK and WORLD, this process of torchrun's and how many there are.
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -88,10 +91,11 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--restart", action=ON_OFF, default=True, help="replace vectors of the codebook that are hardly used")
     add("--n_embeddings", type=count, default=512, help="K, the number of codes")
     add("--latent_dim", type=count, default=64, help="size of each vector z, and of a code's vector")
-    add("--hidden_dim", type=number(int, 2), default=128, help="channels at the codes' size; half if larger")
+    add("--hidden_dim", type=number(int, 2), default=128,
+        help="channels at the size of the grid of codes; half as many at larger sizes")  # fmt: skip
     add("--residual_dim", type=count, default=32, help="channels inside a residual block")
     add("--downsample", type=int, choices=[2, 4, 8], default=4, help="pixels per code along a side")
-    add("--ema", type=fraction, default=0.999, help="decay rate of the averaged copy of the model; 0: off")
+    add("--ema", type=fraction, default=0.999, help="decay rate of an average of the whole model; 0: off")
     add = p.add_argument_group("training").add_argument
     add("--n_epochs", type=count, default=200, help="epochs in total, those before a resume included")
     add("--batch_size", type=number(int, 2), default=128, help="images per step")
@@ -105,7 +109,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--dataset", help="mnist (if not given), fashion_mnist, cifar10, digits or a folder of images")
     add("--data_dir", default="data", help="folder for downloaded data sets")
     add("--img_size", type=count, default=32,
-        help="side in pixels, a multiple of --downsample; for pixelcnnpp.py, of 4 times that")  # fmt: skip
+        help="side in pixels, a multiple of --downsample; for pixelcnnpp.py, of 4 times it")  # fmt: skip
     add("--channels", type=int, choices=[1, 3], help="1: grey, 3: colour (default: the data's; a folder: 3)")
     add("--n_cpu", type=count, default=8, help="threads that read the images of a folder")
     add = p.add_argument_group("run").add_argument
@@ -232,21 +236,22 @@ def update_codebook(model: VQVAE, z: Tensor, codes: Tensor, opt: Namespace) -> N
     is_rare = counts == 0  # true of all in the first step, as the first vectors have nothing to do with z
     counts.lerp_(uses, 1 - opt.decay)
     if opt.codebook == "ema":
-        # The total before was count * vector, so that total / count is the vector plus change / count. The
-        # change is 0 for a vector that no z chose.
+        # The total is not stored. Before this step it was the old count * vector; put into the formulas
+        # above, that gives vector + change / new count. The change is 0 for a vector that no z chose.
         change = (1 - opt.decay) * (sums - uses[:, None] * codebook)
         codebook += change / counts[:, None].clamp(min=1e-9)
     if opt.restart:
         least = 0.1 * uses.mean()  # a tenth of what each code would have if all were used evenly
         is_rare |= counts < least
         codebook.copy_(torch.where(is_rare[:, None], candidates, codebook))
-        counts.clamp_(min=least)  # as if the new vectors had been used that often
+        counts.masked_fill_(is_rare, least)  # as if the new vectors had been used that often
 
 
 def measure(model: VQVAE, images: Tensor, variance: Tensor, opt: Namespace) -> dict[str, float]:
     """Metrics of uint8 test images (N, channels, H, W).
 
-    test_mse is the mean squared error of pixels in [0, 1], and test_error the same over the variance.
+    test_mse is the mean squared error of pixels in [0, 1], and test_error the same over the variance. (The
+    log's error is of training batches since the last row, by weights that are not averaged: mostly higher.)
     test_perplexity is exp(entropy) of the codes: the number of evenly used codes with the same entropy;
     test_used is how many are used. test_code_bits is the length of an image's codes, in bits, if each takes
     -log2 of its probability in frequencies(): the size of a lossy compression, not a likelihood.
@@ -288,7 +293,7 @@ def train(opt: Namespace) -> Path:
     device = find_device(opt.device)
     # For data that is not a folder of images, replace this line. Images are uint8 (N, channels, H, W), with H
     # and W equal to opt.img_size. Labels are int64 (N,), class numbers from 0, and classes is the list of
-    # their names, which become names of folders. Leave out --dataset: then every tenth image is for the test.
+    # their names. Leave out --dataset: then every tenth image is for the test.
     images, labels, opt.classes = load_data(opt)
     images, labels, test_images, test_labels = hold_out(opt, images, labels)
     # All images are kept on the device, as bytes.
@@ -315,7 +320,7 @@ def train(opt: Namespace) -> Path:
     for epoch in range(first_epoch, opt.n_epochs):
         seed(opt.seed, "epoch", epoch)  # a resume repeats the order of the images
         for x, _ in itertools.islice(loader, n_done, None):
-            seed(opt.seed, "step", run.step, RANK)  # and the random numbers of each step
+            seed(opt.seed, "step", run.step, RANK)  # a resume repeats the random numbers of each step
             x = x[RANK::WORLD] / 255  # from 0..255 to [0, 1]
             with autocast:
                 z = model.encoder(x).float()
@@ -337,6 +342,7 @@ def train(opt: Namespace) -> Path:
             run.end_step(error=error, commitment=commitment)
             if run.step % opt.sample_interval == 0 or run.step == run.last_step:
                 seed(opt.seed, "sample")  # the same random numbers for each sample grid
+                # Codes drawn one by one: what they look like, but no images.
                 grid_codes = model_avg.frequencies().sample(codes.shape)
                 run.save_grid("sample", model_avg.decode(grid_codes), 16)
                 grid_recon = model_avg.decode(model_avg.encode(grid_images))
@@ -344,7 +350,7 @@ def train(opt: Namespace) -> Path:
                 run.record(**measure(model_avg, test_images, variance, opt))
             run.save_if_due()
         n_done = 0
-    run.save()
+    run.save()  # write_codes() loads the model from it
     if RANK == 0:
         write_codes(
             run.folder,
@@ -431,7 +437,8 @@ def generate(opt: Namespace) -> Path:
 
 
 # ================================================================ plumbing: the same in every script
-# From here to main, each script of the collection has the same text, so that each stands alone.
+# From here to main, each script of the collection has the same text, so that each stands alone; a few lines
+# serve only some of them.
 # ---------------------------------------------------------------- options
 
 
@@ -523,7 +530,7 @@ def average_gradients(model: nn.Module) -> None:
 
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Move the averaged weights towards the model's.
+    """Move the averaged weights, and batch norm's statistics, towards the model's.
 
     Early on they move faster (with a decay of 0.999, for 9,000 steps), so that the untrained weights do not
     stay in the average.
@@ -563,7 +570,7 @@ NAMED = ["digits", *TORCHVISION]
 def load_data(opt: Namespace, train: bool = True) -> tuple[Tensor, Tensor, list[str]]:
     """Images, uint8 (N, channels, img_size, img_size), labels (N,) and the names of the classes.
 
-    A named data set has separate training and test images; of a folder, all images are returned. Sets
+    A named data set has test images of its own, if train is False; of a folder, all images are returned. Sets
     opt.dataset if it is None. Raises InputError if there is no such data, or if it is damaged.
     """
     if opt.dataset is None:
@@ -635,7 +642,7 @@ def load_folder(opt: Namespace) -> tuple[Tensor, Tensor, list[str]]:
     """The images of a folder, decoded once. A sub-folder is a class; without any, there is one class."""
     root = Path(opt.dataset)
     if not opt.dataset or not root.is_dir():
-        raise InputError(f'--dataset "{opt.dataset}" is neither a folder nor one of {", ".join(NAMED)}')
+        raise InputError(f'"{opt.dataset}" is not a folder; data sets with a name are {", ".join(NAMED)}')
     files, others = [], Counter()
     for file in find_files(root):
         if file.suffix.lower() in datasets.folder.IMG_EXTENSIONS:
@@ -649,7 +656,7 @@ def load_folder(opt: Namespace) -> tuple[Tensor, Tensor, list[str]]:
         raise InputError(f'"{root}": no images there')
     n_loose = sum(file.parent == root for file in files)
     if 0 < n_loose < len(files):
-        raise InputError(f'"{root}": sub-folders are classes, so move the images beside them ({n_loose})')
+        raise InputError(f'"{root}": move {n_loose} images into a sub-folder, as sub-folders are the classes')
     names = ["all" if n_loose else file.relative_to(root).parts[0] for file in files]
     classes = sorted(set(names))
     if not n_loose and SPLITS.issuperset(name.lower() for name in classes):
@@ -727,7 +734,7 @@ def make_loader(images: Tensor, labels: Tensor, batch_size: int) -> DataLoader:
 
 # ---------------------------------------------------------------- runs
 
-CHECKPOINT_SECONDS = 30  # between checkpoints: a stop loses at most this much work
+CHECKPOINT_SECONDS = 30  # between two checkpoints, or a little more: what a stop may cost
 
 
 class Run:
@@ -743,7 +750,7 @@ class Run:
         self.log = []
         self.sums = {}  # of the metrics since the last record
         self.n_steps = 0  # in the sums
-        self.start = time.perf_counter()  # minus the seconds trained before a stop
+        self.start = time.perf_counter()  # after a resume, moved back by the seconds trained before
         if opt.resume is not None:
             self.folder = Path(opt.resume)
             self.restore(read_checkpoint(self.folder))
@@ -795,7 +802,7 @@ class Run:
         return f"{(self.last_step - self.step) * minutes_per_step:.1f} minutes left"
 
     def save_if_due(self) -> None:
-        """Save if CHECKPOINT_SECONDS have passed, and say how much time is left."""
+        """Save if CHECKPOINT_SECONDS have passed since the last time, and say how much time is left."""
         if time.perf_counter() > self.saved + CHECKPOINT_SECONDS:
             self.save()
             say(f"step {self.step}  {self.time_left()}")

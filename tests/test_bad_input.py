@@ -69,7 +69,7 @@ def test_data_set_asked_for_and_not_there(no_run):
 
 
 def test_folder_that_is_not_there(no_run):
-    no_run("--dataset", "nosuch", says=['"nosuch" is', "neither a folder nor one of digits, mnist"])
+    no_run("--dataset", "nosuch", says=['"nosuch" is not a folder', "digits, mnist"])
 
 
 def test_damaged_images(no_run, tmp_path):

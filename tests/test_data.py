@@ -229,7 +229,7 @@ def test_images_beside_sub_folders_are_refused(cgan, tmp_path):
     save(tmp_path / "f/cat/1.png")
     save(tmp_path / "f/2.png")
     save(tmp_path / "f/3.png")
-    with pytest.raises(cgan.InputError, match=r"move the images beside them \(2\)"):
+    with pytest.raises(cgan.InputError, match="move 2 images into a sub-folder"):
         read(cgan, tmp_path / "f")
 
 
@@ -245,7 +245,7 @@ def test_a_folder_without_images(cgan, tmp_path):
 def test_no_folder(cgan, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     Path("a_file").touch()
-    with pytest.raises(cgan.InputError, match=f'"{name}" is neither a folder nor one of digits, mnist'):
+    with pytest.raises(cgan.InputError, match=f'"{name}" is not a folder; .* digits, mnist'):
         read(cgan, name)
 
 
