@@ -3,7 +3,7 @@
 The generator G turns noise z and a label y into an image. The discriminator D scores how real an image
 looks for its label. D pushes the scores of real images towards 1 and those of G's fakes towards 0;
 G pushes the scores of its fakes towards 1 (least squares). If c > 0, D also learns to classify real images,
-and G to have its fakes classified as their labels; c is --class_weight, by default 0 for --arch mlp and 0.2
+and G to have its fakes classified as their labels; c is --class_weight, by default 0 for --arch mlp and 0.3
 for conv. Gaussian noise is added to every image that D sees.
 
     D minimises    E[(D(x, y) - 1)^2] / 2  +  E[D(G(z, y), y)^2] / 2  +  c E[H(C(x), y)]
@@ -76,7 +76,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--conditioning", choices=["projection", "concat"], default="projection",
         help="how D sees the label: in its score, or as a channel of the image")  # fmt: skip
     add("--class_weight", type=number(float, 0),
-        help="c, the weight of the classification (default: conv with projection 0.2, else 0)")  # fmt: skip
+        help="c, the weight of the classification (default: conv with projection 0.3, else 0)")  # fmt: skip
     add("--hidden_dim", type=count, default=32,
         help="conv: channels of the level next to the image; each further level doubles them")  # fmt: skip
     add("--latent_dim", type=count, default=100, help="size of z")
@@ -110,7 +110,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     if opt.lr is None:
         opt.lr = 1.6e-3 if opt.arch == "conv" else 4e-4
     if opt.class_weight is None:
-        opt.class_weight = 0.2 if opt.arch == "conv" and opt.conditioning == "projection" else 0.0
+        opt.class_weight = 0.3 if opt.arch == "conv" and opt.conditioning == "projection" else 0.0
     if opt.arch == "conv" and (opt.img_size % 4 or opt.img_size < 8):
         p.error(f"--img_size {opt.img_size}: --arch conv needs a multiple of 4, at least 8")
     if opt.labels and not opt.generate:
