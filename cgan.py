@@ -3,8 +3,8 @@
 The generator G turns noise z and a label y into an image. The discriminator D scores how real an image
 looks for its label. D pushes the scores of real images towards 1 and those of G's fakes towards 0;
 G pushes the scores of its fakes towards 1 (least squares). If c > 0, D also learns to classify real images,
-and G to have its fakes classified as their labels; c is --class_weight, by default 0 for --arch mlp and 0.3
-for conv. Gaussian noise is added to every image that D sees.
+and G to have its fakes classified as their labels; c is --class_weight, by default 0.3 for --arch conv (with
+--conditioning projection), and otherwise 0. Gaussian noise is added to every image that D sees.
 
     D minimises    E[(D(x, y) - 1)^2] / 2  +  E[D(G(z, y), y)^2] / 2  +  c E[H(C(x), y)]
     G minimises    E[(D(G(z, y), y) - 1)^2]  +  c E[H(C(G(z, y)), y)]
@@ -15,7 +15,8 @@ Conditional GAN: Mirza & Osindero 2014, arXiv:1411.1784. Least squares: Mao et a
 equation 9, with twice the loss of G. Label in D: Miyato & Koyama 2018, arXiv:1802.05637. Classifier in D:
 Odena et al. 2017, arXiv:1610.09585, but trained on real images only. --arch conv follows DCGAN, Radford et
 al. 2015, arXiv:1511.06434, with fewer channels and PyTorch's initial weights. Noise on D's input: Sønderby
-et al. 2016, arXiv:1610.04490, where it fades. Averaged weights: Yazici et al. 2018, arXiv:1806.04498.
+et al. 2016, arXiv:1610.04490, where it fades. Averaged weights, which draw the samples: Yazici
+et al. 2018, arXiv:1806.04498.
 
     python cgan.py --n_epochs 20                          # MNIST; built-in digits when offline
     python cgan.py --arch conv --dataset path/to/folder   # your images, one sub-folder per class
@@ -61,8 +62,8 @@ SCRIPT = Path(__file__).stem  # a run is read only by a script of this file name
 USES = {"generate", "labels"}  # options that use a trained run: they need --resume
 
 # ---------------------------------------------------------------- options
-# Types of options, such as count and ON_OFF, and all other names that are not in this part of the script are
-# in "plumbing", below; among them RANK and WORLD, this process of torchrun's and how many there are.
+# Names such as count, ON_OFF, Run and seed are defined in the last part of the script, the plumbing. RANK is
+# the number of this process under torchrun, and WORLD the number of processes.
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -215,7 +216,7 @@ class Discriminator(nn.Module):
             self.embed = nn.Embedding(n_classes, img_size**2)
         else:
             self.embed = nn.Embedding(n_classes, n_features)
-            # Small at first, so that the label's part does not dominate the score.
+            # Smaller than Embedding's own, with which the label's part would dominate the score.
             nn.init.normal_(self.embed.weight, std=n_features**-0.5)
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -249,7 +250,6 @@ def train(opt: Namespace) -> Path:
     n_classes = len(opt.classes)
     if opt.n_classes not in (None, n_classes):
         raise InputError(f"--n_classes {opt.n_classes}: the data has {n_classes} classes")
-    opt.n_classes = n_classes
     # All images are kept on the device, as bytes.
     loader = make_loader(images.to(device), labels.to(device), opt.batch_size)
 
@@ -493,8 +493,8 @@ NAMED = ["digits", *TORCHVISION]
 def load_data(opt: Namespace, train: bool = True) -> tuple[Tensor, Tensor, list[str]]:
     """Images, uint8 (N, channels, img_size, img_size), labels (N,) and the names of the classes.
 
-    A named data set has test images of its own, if train is False; of a folder, all images are returned. Sets
-    opt.dataset if it is None. Raises InputError if there is no such data, or if it is damaged.
+    With train=False, they are the test images of a named data set; a folder has none, and all its images are
+    returned. Sets opt.dataset if it is None. Raises InputError if there is no such data, or if it is damaged.
     """
     if opt.dataset is None:
         opt.dataset = "mnist"
@@ -701,14 +701,14 @@ class Run:
         self.start -= state["seconds"]
 
     def end_step(self, **metrics: Tensor) -> None:
-        """Count a step, and add up its metrics."""
+        """Count a step, and add up its metrics, which are the same in every step."""
         self.step += 1
         self.n_steps += 1
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach()
 
     def record(self, **more: float) -> None:
-        """Log and print the means of the metrics since the last record, and the values in `more`."""
+        """Log and print the means of the metrics since the last record, and `more`: always the same names."""
         row = {
             "step": self.step,
             "epoch": round(self.step / len(self.loader), 2),

@@ -38,7 +38,6 @@ import json
 import math
 import os
 import random
-import shutil
 import socket
 import sys
 import tempfile
@@ -66,8 +65,8 @@ SCRIPT = Path(__file__).stem  # a run is read only by a script of this file name
 USES = {"generate"}  # options that use a trained run: they need --resume
 
 # ---------------------------------------------------------------- options
-# Types of options, such as count and ON_OFF, and all other names that are not in this part of the script are
-# in "plumbing", below; among them RANK and WORLD, this process of torchrun's and how many there are.
+# Names such as count, ON_OFF, Run and seed are defined in the last part of the script, the plumbing. RANK is
+# the number of this process under torchrun, and WORLD the number of processes.
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -125,7 +124,7 @@ class PixelCNN(nn.Module):
         self.n_values = n_values
         self.size = size
         self.decoder = None  # the path of decoder.pt2, if the values are codes
-        self.embed = nn.Embedding(n_values, min(n_values, hidden_dim))  # more numbers would not say more
+        self.embed = nn.Embedding(n_values, min(n_values, hidden_dim))  # n_values numbers tell all apart
         self.position_bias = nn.Parameter(torch.zeros(1, hidden_dim, size, size))
         self.out = nn.Sequential(
             nn.ReLU(), nn.Conv2d(hidden_dim, 2 * hidden_dim, 1),
@@ -201,7 +200,7 @@ class MaskedPixelCNN(PixelCNN):
             ))  # fmt: skip
 
     def forward(self, x: Tensor, labels: Tensor, above=None) -> Tensor:
-        """The logits, as in PixelCNN. above is not used; GatedPixelCNN needs it for drawing."""
+        """The logits, as in PixelCNN. above is not used: sample() passes it for GatedPixelCNN."""
         e = self.embed(x[:, 0]).movedim(-1, 1)
         h = add_bias(self.first(e), self.label_bias, labels) + self.position_bias[:, :, : x.shape[2]]
         for block in self.blocks:
@@ -213,7 +212,9 @@ class GatedPixelCNN(PixelCNN):
     """--arch gated (arXiv:1606.05328, figure 2).
 
     The vertical stack sees the rows above. The horizontal one sees the positions to the left in the row, and
-    is handed the features of the vertical stack, to which the label's bias has been added.
+    is handed the features of the vertical stack, to which the label's bias has been added. No filter needs a
+    mask: the first ones are shifted, so that row i of the vertical features has seen only rows above it, and
+    column j of the horizontal ones only columns before it. So later filters may see row i or column j, too.
     """
 
     def __init__(self, n_values: int, size: int, hidden_dim: int, n_layers: int, n_classes: int):
@@ -336,7 +337,7 @@ def train(opt: Namespace) -> Path:
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group()
     device = find_device(opt.device)
-    # A resumed run on codes has their hash; a new one is known by the checkpoint of vqvae.py.
+    # A resumed run on codes has their hash. A new run is on codes if the folder holds a run of vqvae.py.
     is_folder = opt.dataset and opt.dataset not in NAMED
     if opt.codes_hash or (is_folder and Path(opt.dataset, "checkpoint.pt").exists()):
         images, labels, test_images, test_labels = load_codes(opt)
@@ -367,8 +368,9 @@ def train(opt: Namespace) -> Path:
     run = Run(opt, loader, model=model, model_avg=model_avg, optimizer=optimizer)
     if opt.codes_hash and RANK == 0:
         model_avg.decoder = run.folder / "decoder.pt2"
+        decoder = Path(opt.dataset, "decoder.pt2").read_bytes()
         with replacing(model_avg.decoder) as file:  # a copy, so that drawing needs no run of vqvae.py
-            shutil.copyfile(Path(opt.dataset, "decoder.pt2"), file)
+            file.write_bytes(decoder)
     first_epoch, n_done = divmod(run.step, len(loader))
     for epoch in range(first_epoch, opt.n_epochs):
         seed(opt.seed, "epoch", epoch)  # a resume repeats the order of the images
@@ -578,8 +580,8 @@ NAMED = ["digits", *TORCHVISION]
 def load_data(opt: Namespace, train: bool = True) -> tuple[Tensor, Tensor, list[str]]:
     """Images, uint8 (N, channels, img_size, img_size), labels (N,) and the names of the classes.
 
-    A named data set has test images of its own, if train is False; of a folder, all images are returned. Sets
-    opt.dataset if it is None. Raises InputError if there is no such data, or if it is damaged.
+    With train=False, they are the test images of a named data set; a folder has none, and all its images are
+    returned. Sets opt.dataset if it is None. Raises InputError if there is no such data, or if it is damaged.
     """
     if opt.dataset is None:
         opt.dataset = "mnist"
@@ -786,14 +788,14 @@ class Run:
         self.start -= state["seconds"]
 
     def end_step(self, **metrics: Tensor) -> None:
-        """Count a step, and add up its metrics."""
+        """Count a step, and add up its metrics, which are the same in every step."""
         self.step += 1
         self.n_steps += 1
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach()
 
     def record(self, **more: float) -> None:
-        """Log and print the means of the metrics since the last record, and the values in `more`."""
+        """Log and print the means of the metrics since the last record, and `more`: always the same names."""
         row = {
             "step": self.step,
             "epoch": round(self.step / len(self.loader), 2),

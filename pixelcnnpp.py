@@ -11,7 +11,8 @@ mixture of logistics for grey levels and colours, and a softmax for black and wh
 PixelCNN++: Salimans et al. 2017, arXiv:1701.05517; the defaults are a small model. Two streams without a
 blind spot, and the label as a bias: van den Oord et al. 2016, arXiv:1606.05328. Codes: van den Oord et al.
 2017, arXiv:1711.00937. Averaged weights: Polyak & Juditsky 1992. Beyond these papers, each position has a
-bias of its own, by which the network knows where in the image it is.
+bias of its own, by which the network knows where in the image it is, and codes are embedded. The first
+filters see more, and the norms of the filters start at 1, not from a first batch.
 
     python pixelcnnpp.py --conditional --n_epochs 20               # MNIST; built-in digits when offline
     python pixelcnnpp.py --dataset path/to/folder --img_size 32    # your images
@@ -34,7 +35,6 @@ import json
 import math
 import os
 import random
-import shutil
 import socket
 import sys
 import tempfile
@@ -65,8 +65,8 @@ SCRIPT = Path(__file__).stem  # a run is read only by a script of this file name
 USES = {"generate"}  # options that use a trained run: they need --resume
 
 # ---------------------------------------------------------------- options
-# Types of options, such as count and ON_OFF, and all other names that are not in this part of the script are
-# in "plumbing", below; among them RANK and WORLD, this process of torchrun's and how many there are.
+# Names such as count, ON_OFF, Run and seed are defined in the last part of the script, the plumbing. RANK is
+# the number of this process under torchrun, and WORLD the number of processes.
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -95,7 +95,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         "or a run of vqvae.py")  # fmt: skip
     add("--data_dir", default="data", help="folder for downloaded data sets")
     add("--img_size", type=count, default=28,
-        help="side of the images in pixels; codes have their own; a multiple of 4")  # fmt: skip
+        help="side of the images in pixels; codes have their own; both: a multiple of 4")  # fmt: skip
     add("--channels", type=int, choices=[1, 3], help="1: grey, 3: colour (default: the data's; a folder: 3)")
     add("--binarize", action=ON_OFF, default=False,
         help="make each pixel white or black, at random: its grey is the probability of white")  # fmt: skip
@@ -108,6 +108,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     p.set_defaults(codes_hash=None)  # not an option: load_codes() sets it
     opt = parse_and_check(p, argv)
     if opt.binarize:
+        if opt.channels == 3:
+            p.error("--binarize makes one channel, not --channels 3")
         opt.channels = 1
     return opt
 
@@ -302,6 +304,7 @@ class PixelCNNpp(nn.Module):
             ul = ul_block(ul, u, labels)
             shortcuts.append((u, ul))
         for u_block, ul_block in self.up:
+            # The first ones up are u and ul themselves: the paper's shortcut from block 3 to 4.
             u_down, ul_down = shortcuts.pop()
             u = u_block(u, u_down, labels)
             ul = ul_block(ul, torch.cat([u, ul_down], dim=1), labels)
@@ -407,7 +410,7 @@ def train(opt: Namespace) -> Path:
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group()
     device = find_device(opt.device)
-    # A resumed run on codes has their hash; a new one is known by the checkpoint of vqvae.py.
+    # A resumed run on codes has their hash. A new run is on codes if the folder holds a run of vqvae.py.
     is_folder = opt.dataset and opt.dataset not in NAMED
     if opt.codes_hash or (is_folder and Path(opt.dataset, "checkpoint.pt").exists()):
         images, labels, test_images, test_labels = load_codes(opt)
@@ -415,7 +418,7 @@ def train(opt: Namespace) -> Path:
         # For data that is not a folder of images, replace this line. Images are uint8 (N, channels, H, W),
         # with H and W equal to opt.img_size. Labels are int64 (N,), class numbers from 0, and classes is the
         # list of their names, which become names of folders. Leave out --dataset: then every tenth image is
-        # for the test. With --binarize there is one channel.
+        # for the test. There are 1 or 3 channels, with --binarize 1.
         images, labels, opt.classes = load_data(opt)
         images, labels, test_images, test_labels = hold_out(opt, images, labels)
         opt.n_values = 2 if opt.binarize else 256
@@ -423,7 +426,7 @@ def train(opt: Namespace) -> Path:
     labels = labels.to(device)
     opt.channels = images.shape[1]
     if opt.img_size % 4:
-        raise InputError(f"the side of the images or codes, {opt.img_size}, is not a multiple of 4")
+        raise InputError(f"size {opt.img_size} is no multiple of 4: give --img_size, for codes to vqvae.py")
     loader = make_loader(images, labels, opt.batch_size)
     seed("test images")  # with --binarize, their black and white is always the same
     test_x = to_values(test_images, opt.binarize).to(device)
@@ -442,8 +445,9 @@ def train(opt: Namespace) -> Path:
     run = Run(opt, loader, model=model, model_avg=model_avg, optimizer=optimizer)
     if opt.codes_hash and RANK == 0:
         model_avg.decoder = run.folder / "decoder.pt2"
+        decoder = Path(opt.dataset, "decoder.pt2").read_bytes()
         with replacing(model_avg.decoder) as file:  # a copy, so that drawing needs no run of vqvae.py
-            shutil.copyfile(Path(opt.dataset, "decoder.pt2"), file)
+            file.write_bytes(decoder)
     first_epoch, n_done = divmod(run.step, len(loader))
     for epoch in range(first_epoch, opt.n_epochs):
         seed(opt.seed, "epoch", epoch)  # a resume repeats the order of the images
@@ -656,8 +660,8 @@ NAMED = ["digits", *TORCHVISION]
 def load_data(opt: Namespace, train: bool = True) -> tuple[Tensor, Tensor, list[str]]:
     """Images, uint8 (N, channels, img_size, img_size), labels (N,) and the names of the classes.
 
-    A named data set has test images of its own, if train is False; of a folder, all images are returned. Sets
-    opt.dataset if it is None. Raises InputError if there is no such data, or if it is damaged.
+    With train=False, they are the test images of a named data set; a folder has none, and all its images are
+    returned. Sets opt.dataset if it is None. Raises InputError if there is no such data, or if it is damaged.
     """
     if opt.dataset is None:
         opt.dataset = "mnist"
@@ -864,14 +868,14 @@ class Run:
         self.start -= state["seconds"]
 
     def end_step(self, **metrics: Tensor) -> None:
-        """Count a step, and add up its metrics."""
+        """Count a step, and add up its metrics, which are the same in every step."""
         self.step += 1
         self.n_steps += 1
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach()
 
     def record(self, **more: float) -> None:
-        """Log and print the means of the metrics since the last record, and the values in `more`."""
+        """Log and print the means of the metrics since the last record, and `more`: always the same names."""
         row = {
             "step": self.step,
             "epoch": round(self.step / len(self.loader), 2),

@@ -17,13 +17,15 @@ What log p(x) is depends on the likelihood. Compare ELBOs only of the same likel
     bernoulli               no likelihood of x: pixels between 0 and 1 are taken as probabilities, and the
                             ELBO bounds E[log p(b)], where b is a binary image drawn with them.
 
+MNIST is enlarged to 32x32 pixels. Most published ELBOs are of 28x28 binary ones: --img_size 28 --binarize.
+
 New images are the mean of p(x|z). Their z is drawn from a Gaussian that is fitted to the encoded training
 images of a class, anew for each sample grid. With --prior normal, and before the first grid, it is drawn from
 p(z). The KL is always that to p(z).
 
 VAE: Kingma & Welling 2013, arXiv:1312.6114, equation 10. Beta: Higgins et al. 2017. Optimal variance: Rybkin
 et al. 2020, arXiv:2006.13202. Conditional VAE: Sohn et al. 2015. Fitted prior: Ghosh et al. 2019,
-arXiv:1903.12436. Averaged weights: Yazici et al. 2019, arXiv:1806.04498.
+arXiv:1903.12436. Averaged weights: Yazici et al. 2018, arXiv:1806.04498.
 
     python vae.py --n_epochs 20                              # MNIST; built-in digits when offline
     python vae.py --arch vanilla --dataset path/to/folder    # your images; sub-folders are classes
@@ -70,8 +72,8 @@ SCRIPT = Path(__file__).stem  # a run is read only by a script of this file name
 USES = {"generate", "labels", "reconstruct"}  # options that use a trained run: they need --resume
 
 # ---------------------------------------------------------------- options
-# Types of options, such as count and ON_OFF, and all other names that are not in this part of the script are
-# in "plumbing", below; among them RANK and WORLD, this process of torchrun's and how many there are.
+# Names such as count, ON_OFF, Run and seed are defined in the last part of the script, the plumbing. RANK is
+# the number of this process under torchrun, and WORLD the number of processes.
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -197,7 +199,7 @@ class VAE(nn.Module):
                 up(512, 256, 4), up(256, 128, 4), up(128, 64, 4),
                 nn.ConvTranspose2d(64, channels, 4, 2, 1),
             )  # fmt: skip
-        else:  # after Burgess et al. 2018, arXiv:1804.03599, with other channels and SiLU
+        else:  # after Burgess et al. 2018, arXiv:1804.03599, with fewer layers and SiLU
             side = img_size // 4
             encoder = [nn.Conv2d(n_in, 32, 4, 2, 1), nn.SiLU(), nn.Conv2d(32, 64, 4, 2, 1), nn.SiLU()]
             decoder = [nn.ConvTranspose2d(64, 32, 4, 2, 1), nn.SiLU()]
@@ -258,7 +260,8 @@ class VAE(nn.Module):
 class Prior(nn.Module):
     """The Gaussian of each class from which z of new images is drawn.
 
-    It is N(0, I) before it is fitted, and for a class of which there are no training images.
+    It is not the p(z) of the KL. It is N(0, I) before it is fitted, and for a class of which there are no
+    training images.
     """
 
     def __init__(self, n_classes: int, latent_dim: int):
@@ -640,8 +643,8 @@ NAMED = ["digits", *TORCHVISION]
 def load_data(opt: Namespace, train: bool = True) -> tuple[Tensor, Tensor, list[str]]:
     """Images, uint8 (N, channels, img_size, img_size), labels (N,) and the names of the classes.
 
-    A named data set has test images of its own, if train is False; of a folder, all images are returned. Sets
-    opt.dataset if it is None. Raises InputError if there is no such data, or if it is damaged.
+    With train=False, they are the test images of a named data set; a folder has none, and all its images are
+    returned. Sets opt.dataset if it is None. Raises InputError if there is no such data, or if it is damaged.
     """
     if opt.dataset is None:
         opt.dataset = "mnist"
@@ -848,14 +851,14 @@ class Run:
         self.start -= state["seconds"]
 
     def end_step(self, **metrics: Tensor) -> None:
-        """Count a step, and add up its metrics."""
+        """Count a step, and add up its metrics, which are the same in every step."""
         self.step += 1
         self.n_steps += 1
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach()
 
     def record(self, **more: float) -> None:
-        """Log and print the means of the metrics since the last record, and the values in `more`."""
+        """Log and print the means of the metrics since the last record, and `more`: always the same names."""
         row = {
             "step": self.step,
             "epoch": round(self.step / len(self.loader), 2),

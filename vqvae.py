@@ -73,8 +73,8 @@ SCRIPT = Path(__file__).stem  # a run is read only by a script of this file name
 USES = {"generate"}  # options that use a trained run: they need --resume
 
 # ---------------------------------------------------------------- options
-# Types of options, such as count and ON_OFF, and all other names that are not in this part of the script are
-# in "plumbing", below; among them RANK and WORLD, this process of torchrun's and how many there are.
+# Names such as count, ON_OFF, Run and seed are defined in the last part of the script, the plumbing. RANK is
+# the number of this process under torchrun, and WORLD the number of processes.
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -117,7 +117,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--sample_interval", type=count, default=400,
         help="steps between sample grids and log rows, each with a test on all test images")  # fmt: skip
     add("--resume", metavar="RUN", help="continue the run in this folder, with its options")
-    add("--generate", type=count, metavar="N", help="with --resume: write N images to RUN/generated")
+    add("--generate", type=count, metavar="N",
+        help="with --resume: write N images, of codes drawn one by one, to RUN/generated")  # fmt: skip
     opt = parse_and_check(p, argv)
     if opt.img_size % opt.downsample:
         p.error(f"--img_size {opt.img_size}: not a multiple of --downsample {opt.downsample}")
@@ -220,7 +221,8 @@ def update_codebook(model: VQVAE, z: Tensor, codes: Tensor, opt: Namespace) -> N
         vector = total / count
 
     With --restart a vector whose count is below a tenth of the batch's mean number of z per code is replaced
-    by a random z, and its count set to that tenth. In the first step every vector is replaced.
+    by a random z, and its count set to that tenth: unless the next batch uses it as often, it is replaced
+    again. In the first step every vector is replaced.
     """
     codebook = model.codebook
     counts = model.counts
@@ -233,7 +235,7 @@ def update_codebook(model: VQVAE, z: Tensor, codes: Tensor, opt: Namespace) -> N
         dist.all_reduce(uses)
         dist.all_reduce(sums)
         dist.broadcast(candidates, 0)
-    is_rare = counts == 0  # true of all in the first step, as the first vectors have nothing to do with z
+    is_rare = counts == 0  # all in the first step, used or not: they have nothing to do with z
     counts.lerp_(uses, 1 - opt.decay)
     if opt.codebook == "ema":
         # The total is not stored. Before this step it was the old count * vector; put into the formulas
@@ -342,7 +344,7 @@ def train(opt: Namespace) -> Path:
             run.end_step(error=error, commitment=commitment)
             if run.step % opt.sample_interval == 0 or run.step == run.last_step:
                 seed(opt.seed, "sample")  # the same random numbers for each sample grid
-                # Codes drawn one by one: what they look like, but no images.
+                # As many as in a batch. Codes drawn one by one show what they look like, but no digits.
                 grid_codes = model_avg.frequencies().sample(codes.shape)
                 run.save_grid("sample", model_avg.decode(grid_codes), 16)
                 grid_recon = model_avg.decode(model_avg.encode(grid_images))
@@ -570,8 +572,8 @@ NAMED = ["digits", *TORCHVISION]
 def load_data(opt: Namespace, train: bool = True) -> tuple[Tensor, Tensor, list[str]]:
     """Images, uint8 (N, channels, img_size, img_size), labels (N,) and the names of the classes.
 
-    A named data set has test images of its own, if train is False; of a folder, all images are returned. Sets
-    opt.dataset if it is None. Raises InputError if there is no such data, or if it is damaged.
+    With train=False, they are the test images of a named data set; a folder has none, and all its images are
+    returned. Sets opt.dataset if it is None. Raises InputError if there is no such data, or if it is damaged.
     """
     if opt.dataset is None:
         opt.dataset = "mnist"
@@ -778,14 +780,14 @@ class Run:
         self.start -= state["seconds"]
 
     def end_step(self, **metrics: Tensor) -> None:
-        """Count a step, and add up its metrics."""
+        """Count a step, and add up its metrics, which are the same in every step."""
         self.step += 1
         self.n_steps += 1
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach()
 
     def record(self, **more: float) -> None:
-        """Log and print the means of the metrics since the last record, and the values in `more`."""
+        """Log and print the means of the metrics since the last record, and `more`: always the same names."""
         row = {
             "step": self.step,
             "epoch": round(self.step / len(self.loader), 2),

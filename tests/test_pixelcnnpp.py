@@ -569,6 +569,7 @@ def test_it_learns_what_a_label_means(pixelcnnpp, small):
         (["--hidden_dim", "1"], ["--hidden_dim", "at least 2"]),
         (["--n_layers", "0"], ["--n_layers", "at least 1"]),
         (["--dropout", "1"], ["--dropout", "less than 1"]),
+        (["--binarize", "--channels", "3"], ["--binarize", "--channels 3"]),
     ],
 )
 def test_bad_options(pixelcnnpp, refused, tmp_path, monkeypatch, arguments, says):
@@ -578,7 +579,7 @@ def test_bad_options(pixelcnnpp, refused, tmp_path, monkeypatch, arguments, says
 
 
 def test_sides_that_it_cannot_take(pixelcnnpp, small, refused):
-    refused(pixelcnnpp, *small, "--img_size", "6", says=["6", "multiple of 4"])
+    refused(pixelcnnpp, *small, "--img_size", "6", says=["6 is no", "multiple of 4"])
     assert not Path("runs").exists()
 
 
@@ -671,7 +672,7 @@ def test_bad_codes(pixelcnnpp, codes, refused):
     arrays["codes"] = arrays["codes"][:, :3, :3]
     arrays["test_codes"] = arrays["test_codes"][:, :3, :3]
     np.savez_compressed(codes / "codes.npz", **arrays)
-    refused(pixelcnnpp, "--dataset", codes, *TINY, says=["3", "multiple of 4"])
+    refused(pixelcnnpp, "--dataset", codes, *TINY, says=["3 is no", "multiple of 4"])
     (codes / "codes.npz").write_bytes(b"no zip")
     refused(pixelcnnpp, "--dataset", codes, *TINY, says=["codes.npz", "cannot be read"])
     (codes / "codes.npz").unlink()  # as that of a run which has not ended
