@@ -15,8 +15,8 @@ Conditional GAN: Mirza & Osindero 2014, arXiv:1411.1784. Least squares: Mao et a
 equation 9, with twice the loss of G. Label in D: Miyato & Koyama 2018, arXiv:1802.05637. Classifier in D:
 Odena et al. 2017, arXiv:1610.09585, but trained on real images only. --arch conv follows DCGAN, Radford et
 al. 2015, arXiv:1511.06434, with fewer channels and PyTorch's initial weights. Noise on D's input: Sønderby
-et al. 2016, arXiv:1610.04490, where it fades. Averaged weights, which draw the samples: Yazici
-et al. 2018, arXiv:1806.04498.
+et al. 2016, arXiv:1610.04490, where it fades. The samples are drawn with averaged weights: Yazici et al.
+2018, arXiv:1806.04498.
 
     python cgan.py --n_epochs 20                          # MNIST; built-in digits when offline
     python cgan.py --arch conv --dataset path/to/folder   # your images, one sub-folder per class
@@ -469,7 +469,8 @@ def seed(*key: int | str) -> None:
 
     A resumed run therefore needs no saved random state.
     """
-    rng = torch if torch.accelerator.is_available() else torch.default_generator  # the CPU's alone: faster
+    # Where there is only a CPU, seeding its generator alone is faster than asking for all kinds of devices.
+    rng = torch if torch.accelerator.is_available() else torch.default_generator
     rng.manual_seed(random.Random(repr(key)).getrandbits(64))
 
 
@@ -708,7 +709,10 @@ class Run:
             self.sums[name] = self.sums.get(name, 0.0) + value.detach()
 
     def record(self, **more: float) -> None:
-        """Log and print the means of the metrics since the last record, and `more`: always the same names."""
+        """Log and print the means of the metrics since the last record, and `more`.
+
+        All rows must have the same columns.
+        """
         row = {
             "step": self.step,
             "epoch": round(self.step / len(self.loader), 2),

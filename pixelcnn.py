@@ -124,7 +124,7 @@ class PixelCNN(nn.Module):
         self.n_values = n_values
         self.size = size
         self.decoder = None  # the path of decoder.pt2, if the values are codes
-        self.embed = nn.Embedding(n_values, min(n_values, hidden_dim))  # n_values numbers tell all apart
+        self.embed = nn.Embedding(n_values, min(n_values, hidden_dim))  # enough to tell the values apart
         self.position_bias = nn.Parameter(torch.zeros(1, hidden_dim, size, size))
         self.out = nn.Sequential(
             nn.ReLU(), nn.Conv2d(hidden_dim, 2 * hidden_dim, 1),
@@ -163,7 +163,7 @@ class PixelCNN(nn.Module):
     def start_row(self, x: Tensor, labels: Tensor) -> tuple[Tensor, None]:
         """The arguments x and `above` with which forward() gives the logits of the last row of x.
 
-        sample() asks once a row, so that what a whole row shares can be computed once: here it is nothing.
+        sample() asks once a row, so that what a whole row shares can be computed once. Here, that is nothing.
         """
         return x, None
 
@@ -556,7 +556,8 @@ def seed(*key: int | str) -> None:
 
     A resumed run therefore needs no saved random state.
     """
-    rng = torch if torch.accelerator.is_available() else torch.default_generator  # the CPU's alone: faster
+    # Where there is only a CPU, seeding its generator alone is faster than asking for all kinds of devices.
+    rng = torch if torch.accelerator.is_available() else torch.default_generator
     rng.manual_seed(random.Random(repr(key)).getrandbits(64))
 
 
@@ -795,7 +796,10 @@ class Run:
             self.sums[name] = self.sums.get(name, 0.0) + value.detach()
 
     def record(self, **more: float) -> None:
-        """Log and print the means of the metrics since the last record, and `more`: always the same names."""
+        """Log and print the means of the metrics since the last record, and `more`.
+
+        All rows must have the same columns.
+        """
         row = {
             "step": self.step,
             "epoch": round(self.step / len(self.loader), 2),

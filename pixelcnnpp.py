@@ -12,7 +12,7 @@ PixelCNN++: Salimans et al. 2017, arXiv:1701.05517; the defaults are a small mod
 blind spot, and the label as a bias: van den Oord et al. 2016, arXiv:1606.05328. Codes: van den Oord et al.
 2017, arXiv:1711.00937. Averaged weights: Polyak & Juditsky 1992. Beyond these papers, each position has a
 bias of its own, by which the network knows where in the image it is, and codes are embedded. The first
-filters see more, and the norms of the filters start at 1, not from a first batch.
+filters see more, and the norms of all filters start at 1, not from a first batch.
 
     python pixelcnnpp.py --conditional --n_epochs 20               # MNIST; built-in digits when offline
     python pixelcnnpp.py --dataset path/to/folder --img_size 32    # your images
@@ -95,7 +95,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         "or a run of vqvae.py")  # fmt: skip
     add("--data_dir", default="data", help="folder for downloaded data sets")
     add("--img_size", type=count, default=28,
-        help="side of the images in pixels; codes have their own; both: a multiple of 4")  # fmt: skip
+        help="side of the images in pixels (codes have their own), a multiple of 4")  # fmt: skip
     add("--channels", type=int, choices=[1, 3], help="1: grey, 3: colour (default: the data's; a folder: 3)")
     add("--binarize", action=ON_OFF, default=False,
         help="make each pixel white or black, at random: its grey is the probability of white")  # fmt: skip
@@ -141,8 +141,8 @@ def mixture_log_prob(out: Tensor, x: Tensor) -> Tensor:
     """log p (N, ...), in nats, of pixels x (N, C, ...) from 0 to 255, for the output (N, n_out, ...).
 
     A value has the probability of the interval of half-width 1/255 around it in [-1, 1]; those of 0 and of
-    255 reach to infinity (arXiv:1701.05517, equation 2). With a and b, the ends of the interval less the
-    mean and over the scale, that probability is
+    255 reach to infinity (arXiv:1701.05517, equation 2). With a and b for the ends of the interval, minus
+    the mean and divided by the scale, that probability is
 
         s(b) - s(a)  =  s(b) s(-a) (1 - exp(a - b)),    where s is the sigmoid function:
 
@@ -265,7 +265,7 @@ class PixelCNNpp(nn.Module):
         self.size = size
         self.decoder = None  # the path of decoder.pt2, if the values are codes
         if softmax:
-            n_in = min(n_values, dim)  # of two values, an embedding of two numbers says all
+            n_in = min(n_values, dim)  # enough to tell the values apart
             n_out = n_values
             self.embed = nn.Embedding(n_values, n_in)
         else:
@@ -636,7 +636,8 @@ def seed(*key: int | str) -> None:
 
     A resumed run therefore needs no saved random state.
     """
-    rng = torch if torch.accelerator.is_available() else torch.default_generator  # the CPU's alone: faster
+    # Where there is only a CPU, seeding its generator alone is faster than asking for all kinds of devices.
+    rng = torch if torch.accelerator.is_available() else torch.default_generator
     rng.manual_seed(random.Random(repr(key)).getrandbits(64))
 
 
@@ -875,7 +876,10 @@ class Run:
             self.sums[name] = self.sums.get(name, 0.0) + value.detach()
 
     def record(self, **more: float) -> None:
-        """Log and print the means of the metrics since the last record, and `more`: always the same names."""
+        """Log and print the means of the metrics since the last record, and `more`.
+
+        All rows must have the same columns.
+        """
         row = {
             "step": self.step,
             "epoch": round(self.step / len(self.loader), 2),

@@ -619,7 +619,8 @@ def seed(*key: int | str) -> None:
 
     A resumed run therefore needs no saved random state.
     """
-    rng = torch if torch.accelerator.is_available() else torch.default_generator  # the CPU's alone: faster
+    # Where there is only a CPU, seeding its generator alone is faster than asking for all kinds of devices.
+    rng = torch if torch.accelerator.is_available() else torch.default_generator
     rng.manual_seed(random.Random(repr(key)).getrandbits(64))
 
 
@@ -858,7 +859,10 @@ class Run:
             self.sums[name] = self.sums.get(name, 0.0) + value.detach()
 
     def record(self, **more: float) -> None:
-        """Log and print the means of the metrics since the last record, and `more`: always the same names."""
+        """Log and print the means of the metrics since the last record, and `more`.
+
+        All rows must have the same columns.
+        """
         row = {
             "step": self.step,
             "epoch": round(self.step / len(self.loader), 2),

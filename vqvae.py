@@ -235,7 +235,7 @@ def update_codebook(model: VQVAE, z: Tensor, codes: Tensor, opt: Namespace) -> N
         dist.all_reduce(uses)
         dist.all_reduce(sums)
         dist.broadcast(candidates, 0)
-    is_rare = counts == 0  # all in the first step, used or not: they have nothing to do with z
+    is_rare = counts == 0  # all are in the first step: the first vectors have nothing to do with z
     counts.lerp_(uses, 1 - opt.decay)
     if opt.codebook == "ema":
         # The total is not stored. Before this step it was the old count * vector; put into the formulas
@@ -344,7 +344,7 @@ def train(opt: Namespace) -> Path:
             run.end_step(error=error, commitment=commitment)
             if run.step % opt.sample_interval == 0 or run.step == run.last_step:
                 seed(opt.seed, "sample")  # the same random numbers for each sample grid
-                # As many as in a batch. Codes drawn one by one show what they look like, but no digits.
+                # Codes drawn one by one, as many images as in a batch: patchwork, which shows what codes are.
                 grid_codes = model_avg.frequencies().sample(codes.shape)
                 run.save_grid("sample", model_avg.decode(grid_codes), 16)
                 grid_recon = model_avg.decode(model_avg.encode(grid_images))
@@ -548,7 +548,8 @@ def seed(*key: int | str) -> None:
 
     A resumed run therefore needs no saved random state.
     """
-    rng = torch if torch.accelerator.is_available() else torch.default_generator  # the CPU's alone: faster
+    # Where there is only a CPU, seeding its generator alone is faster than asking for all kinds of devices.
+    rng = torch if torch.accelerator.is_available() else torch.default_generator
     rng.manual_seed(random.Random(repr(key)).getrandbits(64))
 
 
@@ -787,7 +788,10 @@ class Run:
             self.sums[name] = self.sums.get(name, 0.0) + value.detach()
 
     def record(self, **more: float) -> None:
-        """Log and print the means of the metrics since the last record, and `more`: always the same names."""
+        """Log and print the means of the metrics since the last record, and `more`.
+
+        All rows must have the same columns.
+        """
         row = {
             "step": self.step,
             "epoch": round(self.step / len(self.loader), 2),
