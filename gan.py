@@ -220,10 +220,9 @@ def train(opt: Namespace) -> Path:
 
     # Makes the run's folder or, with --resume, restores these parts and the number of steps done.
     run = Run(opt, loader, G=G, D=D, G_avg=G_avg, optimizer_G=optimizer_G, optimizer_D=optimizer_D)
-    first_epoch, n_done = divmod(run.step, len(loader))
-    for epoch in range(first_epoch, opt.n_epochs):
+    for epoch in range(run.step // len(loader), opt.n_epochs):
         seed(opt.seed, "epoch", epoch)  # a resume repeats the order of the images
-        for real, _ in itertools.islice(loader, n_done, None):
+        for real, _ in itertools.islice(loader, run.step % len(loader), None):
             seed(opt.seed, "step", run.step, RANK)  # a resume repeats the random numbers of each step
             lr = opt.lr * min(1, opt.lr_hold / (run.step + 1)) ** 0.5
             optimizer_G.param_groups[0]["lr"] = lr
@@ -265,7 +264,6 @@ def train(opt: Namespace) -> Path:
                 run.save_grid("sample", (G_avg(grid_z) + 1) / 2, 5)
                 run.record()
             run.save_if_due()
-        n_done = 0
     run.finish()
     return run.folder
 
@@ -347,8 +345,6 @@ def parse_and_check(p: ArgumentParser, argv: list[str] | None) -> Namespace:
     uses = sorted(name for name in USES if getattr(opt, name) is not None)
     if uses and opt.resume is None:
         p.error(f"--{uses[0]} needs --resume RUN, the run to use")
-    if uses and WORLD > 1:
-        p.error(f"--{uses[0]} runs in one process, without torchrun")
     if opt.resume is not None:
         saved = read_checkpoint(opt.resume)["options"]
         p.set_defaults(**saved)  # for what argv leaves out; sets opt.classes, too, which train() has saved
@@ -655,26 +651,25 @@ class Run:
 
         All rows must have the same columns.
         """
+        seconds = time.perf_counter() - self.start
+        minutes_left = (self.last_step / self.step - 1) * seconds / 60
         row = {
             "step": self.step,
             "epoch": round(self.step / len(self.loader), 2),
-            "seconds": round(time.perf_counter() - self.start, 2),
+            "seconds": round(seconds, 2),
         }
         row |= {name: float(total) / self.n_steps for name, total in self.sums.items()} | more
         self.log.append(row)
         self.sums = {}
         self.n_steps = 0
-        say("  ".join(f"{name} {value:.6g}" for name, value in row.items()) + f"  {self.time_left()}")
-
-    def time_left(self) -> str:
-        minutes_per_step = (time.perf_counter() - self.start) / self.step / 60
-        return f"{(self.last_step - self.step) * minutes_per_step:.1f} minutes left"
+        numbers = "  ".join(f"{name} {value:.6g}" for name, value in row.items())
+        say(f"{numbers}  {minutes_left:.1f} minutes left")
 
     def save_if_due(self) -> None:
-        """Save if CHECKPOINT_SECONDS have passed since the last time, and say how much time is left."""
+        """Save if CHECKPOINT_SECONDS have passed since the last time."""
         if time.perf_counter() > self.saved + CHECKPOINT_SECONDS:
             self.save()
-            say(f"step {self.step}  {self.time_left()}")
+            say(f"step {self.step}")
 
     def save(self) -> None:
         """Write checkpoint.pt and log.csv. Raises InputError if the weights are not finite."""
@@ -713,14 +708,8 @@ class Run:
                 save_image(images, file, nrow=n_columns)
 
     def finish(self) -> None:
-        """Write the last checkpoint, and animate the sample grids: at most 100 of them, evenly spread."""
+        """Write the last checkpoint."""
         self.save()
-        paths = sorted(self.folder.glob("images/sample_*.png"))
-        if RANK == 0 and paths:
-            every = len(paths) // 100 + 1  # counted from the last one
-            first, *rest = map(Image.open, reversed(paths[::-every]))
-            with replacing(self.folder / "sample.gif") as file:
-                first.save(file, save_all=True, append_images=rest, duration=100, loop=0)
         say(f'done; to train longer: --resume "{self.folder}" --n_epochs N')
 
 

@@ -184,11 +184,6 @@ def test_uses_need_a_run(script, refused, tmp_path, monkeypatch):
         refused(script, f"--{name}", 5, says=[f"--{name} needs --resume"])
 
 
-def test_generating_in_several_processes(cgan, refused, run, monkeypatch):
-    monkeypatch.setattr(cgan, "WORLD", 2)
-    refused(cgan, "--resume", run, "--generate", 1, says=["--generate runs in one process"])
-
-
 # ---------------------------------------------------------------- disks and numbers that give out
 
 
@@ -214,16 +209,16 @@ if sys.platform == "win32":
 
 
 def test_the_first_error_is_told(cgan, refused, run, monkeypatch):
-    """A GIF that cannot be written is named, not the checkpoint; and the good one stays."""
-    before = (run / "sample.gif").read_bytes()
+    """A picture that cannot be written is named, not the checkpoint; and the good ones stay."""
+    before = sorted(run.glob("images/*"))
 
-    def full(image, file, **options):
-        file.write_bytes(b"GIF8")
+    def full(images, file, **options):
+        file.write_bytes(b"PNG")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cgan.Image.Image, "save", full)
-    refused(cgan, "--resume", run, says=["sample.gif", "No space left"])
-    assert (run / "sample.gif").read_bytes() == before
+    monkeypatch.setattr(cgan, "save_image", full)
+    refused(cgan, "--resume", run, "--n_epochs", 2, says=["images/sample_", "No space left"])
+    assert sorted(run.glob("images/*")) == before
     assert not list(run.glob(".*"))
 
 

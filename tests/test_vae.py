@@ -281,7 +281,7 @@ def test_pictures_and_log(vae, small):
     run = vae.train(vae.parse_args([*small, "--n_epochs", "1"]))
     files = {str(file.relative_to(run)) for file in run.rglob("*.*")}
     grids = [f"images/{name}_0000000{n}.png" for name in ("sample", "recon") for n in (4, 6)]
-    assert files == {*grids, "sample.gif", "checkpoint.pt", "log.csv"}
+    assert files == {*grids, "checkpoint.pt", "log.csv"}
     # Six test images, each above its reconstruction.
     assert Image.open(run / grids[0]).size == (10 * 18 + 2, 10 * 18 + 2)
     assert Image.open(run / grids[2]).size == (6 * 18 + 2, 2 * 18 + 2)
@@ -364,7 +364,7 @@ def test_a_class_of_one_image_has_a_prior(vae, monkeypatch):
     prior = vae.Prior(4, 3)
     prior.fit(model, images[:3], labels[:3], False)
     torch.testing.assert_close(prior.mean[:3], model.encode(images[:3] / 255, labels[:3])[0])
-    assert prior.scale[:3].abs().max() < 1e-6
+    assert prior.scale[:3].abs().max() < 1e-4
 
 
 def test_the_normal_prior_is_standard(vae, small):
