@@ -278,19 +278,16 @@ class Prior(nn.Module):
             x = images[labels == k]
             x = to_x(x[:: len(x) // 1000 + 1], binarize)  # spread evenly: those of a folder are sorted
             encoded = [model.encode(part, k.expand(len(part))) for part in x.split(100)]  # to save memory
-            mu = torch.cat([mu for mu, _ in encoded])
-            logvar = torch.cat([logvar for _, logvar in encoded])
+            mu = torch.cat([mu for mu, _ in encoded]).cpu().double()  # not every device has double precision
+            logvar = torch.cat([logvar for _, logvar in encoded]).cpu().double()
+            # A little more than 0, which --beta 0 lets it approach, and which Cholesky does not take.
+            variance = logvar.exp().mean(dim=0) + 1e-10
+            covariance = mu.T.cov(correction=0) + variance.diag()
             self.mean[k] = mu.mean(dim=0)
-            deviations = (mu - self.mean[k]) / len(mu) ** 0.5
-            variance = logvar.exp().mean(dim=0)
-            # The rows are such that rows.T @ rows is the covariance. With rows = Q @ R that is R.T @ R, which
-            # is the covariance of R.T @ noise. Cholesky would fail for a singular covariance; QR does not. It
-            # is done on the CPU, as not every device can.
-            rows = torch.cat([deviations, variance.sqrt().diag()])
-            self.scale[k] = torch.linalg.qr(rows.cpu(), mode="r").R.T
+            self.scale[k] = torch.linalg.cholesky(covariance)  # L, with L @ L.T = covariance
 
     def sample(self, noise: Tensor, labels: Tensor) -> Tensor:
-        """Standard normal noise (N, latent_dim) and labels (N,) -> z (N, latent_dim)."""
+        """Standard normal noise (N, latent_dim) and labels (N,) -> z (N, latent_dim): mean + L noise."""
         return self.mean[labels] + torch.einsum("nij,nj->ni", self.scale[labels], noise)
 
 
@@ -314,14 +311,10 @@ def log_likelihood(x: Tensor, logits: Tensor, likelihood: str, variance: Tensor)
 def best_variance(x: Tensor, logits: Tensor) -> Tensor:
     """The variance that maximises the likelihood of images x: their mean squared error (Rybkin et al.).
 
-    With several processes, it is their mean. It needs no gradient: at the maximum, the likelihood's
-    derivative with respect to the variance is 0.
+    It needs no gradient: at the maximum, the likelihood's derivative with respect to the variance is 0.
+    With several processes, each has its own, as with batch norm.
     """
-    variance = (x - logits.detach().sigmoid()).square().mean()
-    if WORLD > 1:
-        dist.all_reduce(variance)
-        variance /= WORLD
-    return variance.clamp(min=1e-6)
+    return (x - logits.detach().sigmoid()).square().mean().clamp(min=1e-6)
 
 
 def kl_divergence(mu: Tensor, logvar: Tensor) -> Tensor:
@@ -493,8 +486,10 @@ def reconstruct(opt: Namespace) -> Path:
     images, labels, names = load_folder(opt)
     if opt.conditional:
         if not set(names) <= set(opt.classes):
-            classes = shorten(", ".join(opt.classes), 400)
-            raise InputError(f'"{opt.reconstruct}": its sub-folders must be classes of the run: {classes}')
+            raise InputError(
+                f'"{opt.reconstruct}": its sub-folders must be classes of the run: '
+                f"{shorten(', '.join(opt.classes), 400)}"
+            )
         labels = torch.tensor([opt.classes.index(names[k]) for k in labels])
     folder = new_folder(Path(opt.resume, "reconstructed"))
     torch.manual_seed(opt.seed)
