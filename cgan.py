@@ -3,8 +3,8 @@
 The generator G turns noise z and a label y into an image. The discriminator D scores how real an image
 looks for its label. D pushes the scores of real images towards 1 and those of G's fakes towards 0;
 G pushes the scores of its fakes towards 1 (least squares). If c > 0, D also learns to classify real images,
-and G to have its fakes classified as their labels; c is --class_weight, by default 0.3 for --arch conv (with
---conditioning projection), and otherwise 0. Gaussian noise is added to every image that D sees.
+and G to have its fakes classified as their labels; c is --class_weight, by default 0.3 for --arch conv, and
+otherwise 0. Gaussian noise is added to every image that D sees.
 
     D minimises    E[(D(x, y) - 1)^2] / 2  +  E[D(G(z, y), y)^2] / 2  +  c E[H(C(x), y)]
     G minimises    E[(D(G(z, y), y) - 1)^2]  +  c E[H(C(G(z, y)), y)]
@@ -77,7 +77,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--conditioning", choices=["projection", "concat"], default="projection",
         help="how D sees the label: in its score, or as a channel of the image")  # fmt: skip
     add("--class_weight", type=number(float, 0),
-        help="c, the weight of the classification (default: conv with projection 0.3, else 0)")  # fmt: skip
+        help="c, the weight of the classification (default: 0; conv: 0.3)")  # fmt: skip
     add("--hidden_dim", type=count, default=32,
         help="conv: channels of the level next to the image; each further level doubles them")  # fmt: skip
     add("--latent_dim", type=count, default=100, help="size of z")
@@ -111,7 +111,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     if opt.lr is None:
         opt.lr = 1.6e-3 if opt.arch == "conv" else 4e-4
     if opt.class_weight is None:
-        opt.class_weight = 0.3 if opt.arch == "conv" and opt.conditioning == "projection" else 0.0
+        opt.class_weight = 0.3 if opt.arch == "conv" else 0.0
     if opt.arch == "conv" and (opt.img_size % 4 or opt.img_size < 8):
         p.error(f"--img_size {opt.img_size}: --arch conv needs a multiple of 4, at least 8")
     if opt.labels and not opt.generate:
@@ -125,23 +125,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 # ---------------------------------------------------------------- networks
 
 
-def level_dims(img_size: int, hidden_dim: int) -> list[int]:
-    """Channels at each level of --arch conv, counted from the image.
-
-    Each level halves the side; the first has hidden_dim channels, each further one twice as many. Halving
-    stops at a side that is odd or below 8: level_dims(32, 32) is [32, 64, 128], with sides of 16, 8 and 4.
-    """
-    dims = []
-    while img_size % 2 == 0 and img_size >= 8:
-        img_size //= 2
-        dims.append(hidden_dim * 2 ** len(dims))
-    return dims
-
-
 class Generator(nn.Module):
     """Noise z (N, latent_dim), standard normal, and labels (N,) -> images (N, channels, img_size, img_size).
 
-    The images are in [-1, 1]. --arch conv goes from the last level to the first; each doubles the side.
+    The images are in [-1, 1]. Each level of --arch conv doubles the side of the images.
     """
 
     def __init__(
@@ -160,12 +147,29 @@ class Generator(nn.Module):
                 nn.Unflatten(1, (channels, img_size, img_size)),
             )  # fmt: skip
         else:
-            dims = level_dims(img_size, hidden_dim)
-            side = img_size // 2 ** len(dims)
-            layers = [nn.Linear(z_dim, dims[-1] * side**2), nn.Unflatten(1, (dims[-1], side, side))]
-            for n_in, n_out in itertools.pairwise([*reversed(dims), channels]):
-                layers += [nn.BatchNorm2d(n_in), nn.ReLU(), nn.ConvTranspose2d(n_in, n_out, 4, 2, 1)]
-            self.net = nn.Sequential(*layers, nn.Tanh())
+            # The last level, and then, before it, each further one: the sides are 32, 16 and 8 for 32 pixels.
+            # The average of 2x2 pixels removes the fine grid that a transposed convolution leaves.
+            layers = [
+                nn.BatchNorm2d(hidden_dim),
+                nn.ReLU(),
+                nn.ConvTranspose2d(hidden_dim, channels, 3, 2),
+                nn.AvgPool2d(2, 1),
+                nn.Tanh(),
+            ]
+            dim = hidden_dim
+            side = img_size // 2
+            while side % 2 == 0 and side >= 8:
+                layers = [
+                    nn.BatchNorm2d(2 * dim),
+                    nn.ReLU(),
+                    nn.ConvTranspose2d(2 * dim, dim, 4, 2, 1),
+                    *layers,
+                ]
+                dim *= 2
+                side //= 2
+            self.net = nn.Sequential(
+                nn.Linear(z_dim, dim * side**2), nn.Unflatten(1, (dim, side, side)), *layers
+            )
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         return self.net(torch.cat([z, self.embed(labels)], dim=1))
@@ -204,11 +208,14 @@ class Discriminator(nn.Module):
                 nn.Linear(512, 512), nn.LeakyReLU(0.2),
             )  # fmt: skip
         else:
-            dims = level_dims(img_size, hidden_dim)
-            n_features = dims[-1] * (img_size // 2 ** len(dims)) ** 2
-            layers = [nn.Conv2d(channels, dims[0], 4, 2, 1), nn.LeakyReLU(0.2)]
-            for n_in, n_out in itertools.pairwise(dims):
-                layers += [nn.Conv2d(n_in, n_out, 4, 2, 1), nn.BatchNorm2d(n_out), nn.LeakyReLU(0.2)]
+            layers = [nn.Conv2d(channels, hidden_dim, 4, 2, 1), nn.LeakyReLU(0.2)]
+            dim = hidden_dim
+            side = img_size // 2
+            while side % 2 == 0 and side >= 8:
+                layers += [nn.Conv2d(dim, 2 * dim, 4, 2, 1), nn.BatchNorm2d(2 * dim), nn.LeakyReLU(0.2)]
+                dim *= 2
+                side //= 2
+            n_features = dim * side**2
             self.features = nn.Sequential(*layers, nn.Flatten())
         self.score = nn.Linear(n_features, 1)
         self.classify = nn.Linear(n_features, n_classes)

@@ -112,23 +112,10 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 # ---------------------------------------------------------------- networks
 
 
-def level_dims(img_size: int, hidden_dim: int) -> list[int]:
-    """Channels at each level of --arch conv, counted from the image.
-
-    Each level halves the side; the first has hidden_dim channels, each further one twice as many. Halving
-    stops at a side that is odd or below 8: level_dims(32, 32) is [32, 64, 128], with sides of 16, 8 and 4.
-    """
-    dims = []
-    while img_size % 2 == 0 and img_size >= 8:
-        img_size //= 2
-        dims.append(hidden_dim * 2 ** len(dims))
-    return dims
-
-
 class Generator(nn.Module):
     """Noise z (N, latent_dim), standard normal -> images (N, channels, img_size, img_size) in [-1, 1].
 
-    --arch conv goes from the last level to the first; each doubles the side.
+    Each level of --arch conv doubles the side of the images.
     """
 
     def __init__(self, arch: str, img_size: int, channels: int, latent_dim: int, hidden_dim: int):
@@ -143,12 +130,29 @@ class Generator(nn.Module):
                 nn.Unflatten(1, (channels, img_size, img_size)),
             )  # fmt: skip
         else:
-            dims = level_dims(img_size, hidden_dim)
-            side = img_size // 2 ** len(dims)
-            layers = [nn.Linear(latent_dim, dims[-1] * side**2), nn.Unflatten(1, (dims[-1], side, side))]
-            for n_in, n_out in itertools.pairwise([*reversed(dims), channels]):
-                layers += [nn.BatchNorm2d(n_in), nn.ReLU(), nn.ConvTranspose2d(n_in, n_out, 4, 2, 1)]
-            self.net = nn.Sequential(*layers, nn.Tanh())
+            # The last level, and then, before it, each further one: the sides are 32, 16 and 8 for 32 pixels.
+            # The average of 2x2 pixels removes the fine grid that a transposed convolution leaves.
+            layers = [
+                nn.BatchNorm2d(hidden_dim),
+                nn.ReLU(),
+                nn.ConvTranspose2d(hidden_dim, channels, 3, 2),
+                nn.AvgPool2d(2, 1),
+                nn.Tanh(),
+            ]
+            dim = hidden_dim
+            side = img_size // 2
+            while side % 2 == 0 and side >= 8:
+                layers = [
+                    nn.BatchNorm2d(2 * dim),
+                    nn.ReLU(),
+                    nn.ConvTranspose2d(2 * dim, dim, 4, 2, 1),
+                    *layers,
+                ]
+                dim *= 2
+                side //= 2
+            self.net = nn.Sequential(
+                nn.Linear(latent_dim, dim * side**2), nn.Unflatten(1, (dim, side, side)), *layers
+            )
 
     def forward(self, z: Tensor) -> Tensor:
         return self.net(z)
@@ -171,11 +175,14 @@ class Discriminator(nn.Module):
                 nn.Linear(512, 256), nn.LeakyReLU(0.2),
             )  # fmt: skip
         else:
-            dims = level_dims(img_size, hidden_dim)
-            n_features = dims[-1] * (img_size // 2 ** len(dims)) ** 2
-            layers = [nn.Conv2d(channels, dims[0], 4, 2, 1), nn.LeakyReLU(0.2)]
-            for n_in, n_out in itertools.pairwise(dims):
-                layers += [nn.Conv2d(n_in, n_out, 4, 2, 1), nn.BatchNorm2d(n_out), nn.LeakyReLU(0.2)]
+            layers = [nn.Conv2d(channels, hidden_dim, 4, 2, 1), nn.LeakyReLU(0.2)]
+            dim = hidden_dim
+            side = img_size // 2
+            while side % 2 == 0 and side >= 8:
+                layers += [nn.Conv2d(dim, 2 * dim, 4, 2, 1), nn.BatchNorm2d(2 * dim), nn.LeakyReLU(0.2)]
+                dim *= 2
+                side //= 2
+            n_features = dim * side**2
             self.features = nn.Sequential(*layers, nn.Flatten())
         self.score = nn.Sequential(nn.Linear(n_features + 1, 256), nn.LeakyReLU(0.2), nn.Linear(256, 1))
 
