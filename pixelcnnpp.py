@@ -450,6 +450,7 @@ def train(opt: Namespace) -> Path:
             file.write_bytes(decoder)
     for epoch in range(run.step // len(loader), opt.n_epochs):
         seed(opt.seed, "epoch", epoch)  # a resume repeats the order of the images
+        # After a resume, this skips the batches of the epoch that are done; otherwise none.
         for batch, y in itertools.islice(loader, run.step % len(loader), None):
             seed(opt.seed, "step", run.step, RANK)  # a resume repeats the random numbers of each step
             x = to_values(batch[RANK::WORLD], opt.binarize)  # black and white is drawn anew in each epoch
@@ -821,7 +822,7 @@ def make_loader(images: Tensor, labels: Tensor, batch_size: int) -> DataLoader:
 
 # ---------------------------------------------------------------- runs
 
-CHECKPOINT_SECONDS = 30  # between two checkpoints, or a little more: what a stop may cost
+CHECKPOINT_SECONDS = 30  # at least, between two checkpoints: about what a stop may cost
 
 
 class Run:
@@ -865,7 +866,7 @@ class Run:
         self.start -= state["seconds"]
 
     def end_step(self, **metrics: Tensor) -> None:
-        """Count a step, and add up its metrics, which are the same in every step."""
+        """Count a step, and add up its metrics. Every step must give the same names."""
         self.step += 1
         self.n_steps += 1
         for name, value in metrics.items():

@@ -258,10 +258,10 @@ class VAE(nn.Module):
 
 
 class Prior(nn.Module):
-    """The Gaussian of each class from which z of new images is drawn.
+    """For each class, a Gaussian from which the z of new images is drawn.
 
-    It is not the p(z) of the KL. It is N(0, I) before it is fitted, and for a class of which there are no
-    training images.
+    It is not the p(z) of the KL, which stays N(0, I). A class that is not yet fitted, or has no training
+    images, has N(0, I), too.
     """
 
     def __init__(self, n_classes: int, latent_dim: int):
@@ -270,21 +270,22 @@ class Prior(nn.Module):
         self.register_buffer("scale", torch.eye(latent_dim).repeat(n_classes, 1, 1))
 
     def fit(self, model: VAE, images: Tensor, labels: Tensor, binarize: bool) -> None:
-        """Take the mean and covariance of z over all q(z|x), for up to 1,000 images x of each class.
+        """Fit the Gaussian of each class to the z of up to 1,000 of its images.
 
-        The covariance is that of mu plus the mean of exp(logvar) (law of total covariance).
+        It gets the mean and covariance of the mixture of their q(z|x). The covariance is that of mu, plus
+        diag(mean of exp(logvar)) (law of total covariance).
         """
         for k in labels.unique():
             x = images[labels == k]
-            x = to_x(x[:: len(x) // 1000 + 1], binarize)  # spread evenly: those of a folder are sorted
+            x = to_x(x[:: len(x) // 1001 + 1], binarize)  # spread evenly: those of a folder are sorted
             encoded = [model.encode(part, k.expand(len(part))) for part in x.split(100)]  # to save memory
             mu = torch.cat([mu for mu, _ in encoded]).cpu().double()  # not every device has double precision
             logvar = torch.cat([logvar for _, logvar in encoded]).cpu().double()
-            # A little more than 0, which --beta 0 lets it approach, and which Cholesky does not take.
+            # With --beta 0 the variance can shrink to 0, and Cholesky needs more than 0.
             variance = logvar.exp().mean(dim=0) + 1e-10
             covariance = mu.T.cov(correction=0) + variance.diag()
             self.mean[k] = mu.mean(dim=0)
-            self.scale[k] = torch.linalg.cholesky(covariance)  # L, with L @ L.T = covariance
+            self.scale[k] = torch.linalg.cholesky_ex(covariance).L  # L @ L.T is the covariance
 
     def sample(self, noise: Tensor, labels: Tensor) -> Tensor:
         """Standard normal noise (N, latent_dim) and labels (N,) -> z (N, latent_dim): mean + L noise."""
@@ -363,7 +364,7 @@ def train(opt: Namespace) -> Path:
     images, labels, opt.classes = load_data(opt)
     images, labels, test_images, test_labels = hold_out(opt, images, labels)
     if opt.prior == "normal" and not opt.conditional:
-        opt.classes = ["all"]  # labels are not used, and --resume compares only the number of images
+        opt.classes = ["all"]  # labels are not used; so --resume compares only the number of images
     n_classes = len(opt.classes)
     opt.channels = images.shape[1]
     if opt.likelihood is None:
@@ -394,6 +395,7 @@ def train(opt: Namespace) -> Path:
     run = Run(opt, loader, model=model, model_avg=model_avg, prior=prior, optimizer=optimizer)
     for epoch in range(run.step // len(loader), opt.n_epochs):
         seed(opt.seed, "epoch", epoch)  # a resume repeats the order of the images
+        # After a resume, this skips the batches of the epoch that are done; otherwise none.
         for batch, y in itertools.islice(loader, run.step % len(loader), None):
             seed(opt.seed, "step", run.step, RANK)  # a resume repeats the random numbers of each step
             x = to_x(batch[RANK::WORLD], opt.binarize)
@@ -403,7 +405,7 @@ def train(opt: Namespace) -> Path:
                 logits, mu, logvar = model(x, y)
             logits = logits.float()
             if opt.likelihood == "gaussian":
-                model.variance.copy_(best_variance(x, logits))  # of the batch; model_avg has its average
+                model.variance.copy_(best_variance(x, logits))  # of this batch; model_avg averages it
             log_lik = log_likelihood(x, logits, opt.likelihood, model.variance).mean()
             kl = kl_divergence(mu.float(), logvar.float()).mean()
             loss = opt.beta * kl - log_lik
@@ -421,7 +423,7 @@ def train(opt: Namespace) -> Path:
                 run.save_grid("sample", model_avg.decode(z, grid_labels).sigmoid(), 10)
                 pairs = torch.cat([grid_x, model_avg.reconstruct(grid_x, grid_y)])
                 run.save_grid("recon", pairs, len(grid_x))  # the test images, and below them the model's
-                # Of the averaged weights: often higher than elbo.
+                # test_elbo is of the averaged weights at this step, and often higher than elbo.
                 run.record(test_elbo=test(model_avg, test_images, test_labels, opt))
             run.save_if_due()
     run.finish()
@@ -494,8 +496,8 @@ def reconstruct(opt: Namespace) -> Path:
     folder = new_folder(Path(opt.resume, "reconstructed"))
     torch.manual_seed(opt.seed)
     for i in range(len(images)):
-        x = to_x(images[i : i + 1].to(device), opt.binarize)
-        y = labels[i : i + 1].to(device)
+        x = to_x(images[[i]].to(device), opt.binarize)
+        y = labels[[i]].to(device)
         with replacing(folder / f"{i:06}.png") as file:
             save_image(torch.cat([x, model.reconstruct(x, y)], dim=3), file)
     say(f'{len(images)} reconstructions in "{folder}"')
@@ -799,7 +801,7 @@ def make_loader(images: Tensor, labels: Tensor, batch_size: int) -> DataLoader:
 
 # ---------------------------------------------------------------- runs
 
-CHECKPOINT_SECONDS = 30  # between two checkpoints, or a little more: what a stop may cost
+CHECKPOINT_SECONDS = 30  # at least, between two checkpoints: about what a stop may cost
 
 
 class Run:
@@ -843,7 +845,7 @@ class Run:
         self.start -= state["seconds"]
 
     def end_step(self, **metrics: Tensor) -> None:
-        """Count a step, and add up its metrics, which are the same in every step."""
+        """Count a step, and add up its metrics. Every step must give the same names."""
         self.step += 1
         self.n_steps += 1
         for name, value in metrics.items():

@@ -5,6 +5,7 @@ import csv
 import math
 import os
 import shutil
+from types import SimpleNamespace
 
 import bench_bound
 import pytest
@@ -365,6 +366,27 @@ def test_a_class_of_one_image_has_a_prior(vae, monkeypatch):
     prior.fit(model, images[:3], labels[:3], False)
     torch.testing.assert_close(prior.mean[:3], model.encode(images[:3] / 255, labels[:3])[0])
     assert prior.scale[:3].abs().max() < 1e-4
+
+
+def test_a_prior_of_weights_that_are_not_finite(vae, refused, small):
+    """It is fitted for the sample grid, before a checkpoint would say that the training has failed."""
+    refused(vae, *small, "--n_epochs", 2, "--sample_interval", 3, "--lr", 9e17, says=["model is not finite"])
+
+
+def test_a_thousand_images_are_all_encoded(vae):
+    """Of more, every second one, or fewer."""
+    n_encoded = 0
+
+    def encode(x, labels):
+        nonlocal n_encoded
+        n_encoded += len(x)
+        return x.flatten(1), torch.zeros(len(x), 4)
+
+    model = SimpleNamespace(encode=encode)
+    for n, wanted in [(999, 999), (1000, 1000), (1001, 501)]:
+        n_encoded = 0
+        vae.Prior(1, 4).fit(model, torch.zeros(n, 1, 2, 2), torch.zeros(n, dtype=torch.int64), False)
+        assert n_encoded == wanted
 
 
 def test_the_normal_prior_is_standard(vae, small):
