@@ -2,9 +2,9 @@
 
 The generator G turns noise z and a label y into an image. The discriminator D scores how real an image
 looks for its label. D pushes the scores of real images towards 1 and those of G's fakes towards 0;
-G pushes the scores of its fakes towards 1 (least squares). If c > 0, D also learns to classify real images,
-and G to have its fakes classified as their labels; c is --class_weight, by default 0.3 for --arch conv, and
-otherwise 0. Gaussian noise is added to every image that D sees.
+G pushes the scores of its fakes towards 1 (least squares). With --class_weight c > 0, D also learns to
+classify real images, and G to have its fakes classified as their labels. (By default, c is 0.3 with
+--arch conv, and otherwise 0.) Gaussian noise is added to every image that D sees.
 
     D minimises    E[(D(x, y) - 1)^2] / 2  +  E[D(G(z, y), y)^2] / 2  +  c E[H(C(x), y)]
     G minimises    E[(D(G(z, y), y) - 1)^2]  +  c E[H(C(G(z, y)), y)]
@@ -13,10 +13,11 @@ C(x) is D's prediction of the class of x, and H the cross-entropy.
 
 Conditional GAN: Mirza & Osindero 2014, arXiv:1411.1784. Least squares: Mao et al. 2017, arXiv:1611.04076,
 equation 9, with twice the loss of G. Label in D: Miyato & Koyama 2018, arXiv:1802.05637. Classifier in D:
-Odena et al. 2017, arXiv:1610.09585, but trained on real images only. --arch conv follows DCGAN, Radford et
-al. 2015, arXiv:1511.06434, with fewer channels and PyTorch's initial weights. Noise on D's input: Sønderby
-et al. 2016, arXiv:1610.04490, where it fades. The samples are drawn with averaged weights: Yazici et al.
-2018, arXiv:1806.04498.
+Odena et al. 2017, arXiv:1610.09585, but trained on real images only. --arch conv is made like DCGAN,
+Radford et al. 2015, arXiv:1511.06434; among what differs are the number of channels, the end of G, and the
+initial weights, which are PyTorch's. Noise on D's input: Sønderby et al. 2016, arXiv:1610.04490, where it
+fades. The samples are drawn with averaged weights: Yazici et al. 2018, arXiv:1806.04498. The learning rate
+falls after --lr_hold steps, so that the networks settle.
 
     python cgan.py --n_epochs 20                          # MNIST; built-in digits when offline
     python cgan.py --arch conv --dataset path/to/folder   # your images, one sub-folder per class
@@ -79,7 +80,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--class_weight", type=number(float, 0),
         help="c, the weight of the classification (default: 0; conv: 0.3)")  # fmt: skip
     add("--hidden_dim", type=count, default=32,
-        help="conv: channels of the level next to the image; each further level doubles them")  # fmt: skip
+        help="conv: channels where the side is half the image's; doubled at each halving")  # fmt: skip
     add("--latent_dim", type=count, default=100, help="size of z")
     add("--noise", type=number(float, 0),
         help="standard deviation of the noise on D's input (default: 0.1; conv, grey: 0.3)")  # fmt: skip
@@ -113,7 +114,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     if opt.class_weight is None:
         opt.class_weight = 0.3 if opt.arch == "conv" else 0.0
     if opt.arch == "conv" and (opt.img_size % 4 or opt.img_size < 8):
-        p.error(f"--img_size {opt.img_size}: --arch conv needs a multiple of 4, at least 8")
+        p.error(f"--img_size {opt.img_size}: --arch conv takes a multiple of 4, at least 8")
     if opt.labels and not opt.generate:
         p.error("--labels needs --generate N")
     for name in opt.labels or []:
@@ -147,8 +148,10 @@ class Generator(nn.Module):
                 nn.Unflatten(1, (channels, img_size, img_size)),
             )  # fmt: skip
         else:
-            # The last level, and then, before it, each further one: the sides are 32, 16 and 8 for 32 pixels.
-            # The average of 2x2 pixels removes the fine grid that a transposed convolution leaves.
+            # Built backwards from the image. Each level that is put in front doubles the side, down to one
+            # that is odd or below 8: images of 32 pixels begin with 4, those of 28 with 7. At the end, from a
+            # side of s to 2 s + 1 and to 2 s, the mean of 2x2 pixels removes the fine grid that a transposed
+            # convolution leaves.
             layers = [
                 nn.BatchNorm2d(hidden_dim),
                 nn.ReLU(),
@@ -181,7 +184,7 @@ class Discriminator(nn.Module):
     With conditioning "projection" the score is w.h(x) + b + e(y).h(x), for the features h of the image
     and an embedding e of the label; with "concat" the label is embedded as one more channel of the image.
     The class logits (N, n_classes) are linear in h, too; with --class_weight 0 they are not trained. (With
-    "concat", h knows the label, so that there is nothing to classify.)
+    "concat", h knows the label, so that the classification soon adds next to nothing.)
 
     --arch conv halves the side of the images at each level.
     """
@@ -223,7 +226,7 @@ class Discriminator(nn.Module):
             self.embed = nn.Embedding(n_classes, img_size**2)
         else:
             self.embed = nn.Embedding(n_classes, n_features)
-            # Smaller than Embedding's own, with which the label's part would dominate the score.
+            # Smaller than Embedding's own (std 1), with which the label's part would dominate the score.
             nn.init.normal_(self.embed.weight, std=n_features**-0.5)
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -442,7 +445,7 @@ def find_device(name: str) -> torch.device:
         # blocks up to that size for reuse, which makes steps faster.
         torch.zeros(8_000_000, device=device)[0].item()
     except (RuntimeError, AssertionError, ImportError) as e:
-        raise InputError(f"--device {name} does not work here ({e}); --device cpu does") from e
+        raise InputError(f"--device {name} does not work here ({shorten(str(e), 300)}); use cpu") from e
     return device
 
 
@@ -666,7 +669,7 @@ CHECKPOINT_SECONDS = 30  # at least, between two checkpoints: about what a stop 
 
 
 class Run:
-    """A run: its folder, its step and its log. A checkpoint holds step, log and the state of `parts`."""
+    """A run: its folder, step and log. A checkpoint holds the options, step, log and the state of `parts`."""
 
     def __init__(self, opt: Namespace, loader: DataLoader, **parts):
         self.opt = opt
@@ -715,7 +718,7 @@ class Run:
     def record(self, **more: float) -> None:
         """Log and print the means of the metrics since the last record, and `more`.
 
-        All rows must have the same columns.
+        Every call must give the same names in `more`, as log.csv has one header.
         """
         seconds = time.perf_counter() - self.start
         minutes_left = (self.last_step / self.step - 1) * seconds / 60
@@ -752,10 +755,10 @@ class Run:
         }
         for name, part in self.parts.items():
             if isinstance(part, nn.Module) and not all(p.isfinite().all() for p in part.parameters()):
-                raise InputError(f"step {self.step}: {name} is not finite; start again with a lower --lr")
+                raise InputError(f"by step {self.step}, {name} is not finite; start again with a lower --lr")
             state[name] = part.state_dict()
         if RANK > 0:
-            return
+            return  # all processes have checked the weights; one writes
         buffer = io.BytesIO()  # torch.save would hide that the disk is full
         torch.save(state, buffer)
         with replacing(self.folder / "checkpoint.pt") as file:

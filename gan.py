@@ -11,7 +11,7 @@ In log.csv, d_loss is minus half of what D maximises and g_loss minus what G max
 while D cannot tell real images from fakes.
 
 GAN: Goodfellow et al. 2014, arXiv:1406.2661, equation 1 and section 3. --arch conv is made like DCGAN,
-Radford et al. 2015, arXiv:1511.06434; among what differs are the number of channels, the last layers of D,
+Radford et al. 2015, arXiv:1511.06434; among what differs are the number of channels, the end of G and of D,
 and the initial weights, which are PyTorch's. The learning rate falls after --lr_hold steps, so that the
 networks settle.
 
@@ -78,7 +78,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add = p.add_argument_group("model").add_argument
     add("--arch", choices=["mlp", "conv"], default="mlp", help="fully connected or convolutional")
     add("--hidden_dim", type=count, default=32,
-        help="conv: channels of the level next to the image; each further level doubles them")  # fmt: skip
+        help="conv: channels where the side is half the image's; doubled at each halving")  # fmt: skip
     add("--latent_dim", type=count, default=100, help="size of z")
     add("--noise", type=number(float, 0), default=0.1, help="standard deviation of the noise on D's input")
     add("--ema", type=fraction, default=0.999, help="decay rate of G's averaged weights; 0: off")
@@ -105,7 +105,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--generate", type=count, metavar="N", help="with --resume: write N images to RUN/generated")
     opt = parse_and_check(p, argv)
     if opt.arch == "conv" and (opt.img_size % 4 or opt.img_size < 8):
-        p.error(f"--img_size {opt.img_size}: --arch conv needs a multiple of 4, at least 8")
+        p.error(f"--img_size {opt.img_size}: --arch conv takes a multiple of 4, at least 8")
     return opt
 
 
@@ -130,8 +130,10 @@ class Generator(nn.Module):
                 nn.Unflatten(1, (channels, img_size, img_size)),
             )  # fmt: skip
         else:
-            # The last level, and then, before it, each further one: the sides are 32, 16 and 8 for 32 pixels.
-            # The average of 2x2 pixels removes the fine grid that a transposed convolution leaves.
+            # Built backwards from the image. Each level that is put in front doubles the side, down to one
+            # that is odd or below 8: images of 32 pixels begin with 4, those of 28 with 7. At the end, from a
+            # side of s to 2 s + 1 and to 2 s, the mean of 2x2 pixels removes the fine grid that a transposed
+            # convolution leaves.
             layers = [
                 nn.BatchNorm2d(hidden_dim),
                 nn.ReLU(),
@@ -384,7 +386,7 @@ def find_device(name: str) -> torch.device:
         # blocks up to that size for reuse, which makes steps faster.
         torch.zeros(8_000_000, device=device)[0].item()
     except (RuntimeError, AssertionError, ImportError) as e:
-        raise InputError(f"--device {name} does not work here ({e}); --device cpu does") from e
+        raise InputError(f"--device {name} does not work here ({shorten(str(e), 300)}); use cpu") from e
     return device
 
 
@@ -608,7 +610,7 @@ CHECKPOINT_SECONDS = 30  # at least, between two checkpoints: about what a stop 
 
 
 class Run:
-    """A run: its folder, its step and its log. A checkpoint holds step, log and the state of `parts`."""
+    """A run: its folder, step and log. A checkpoint holds the options, step, log and the state of `parts`."""
 
     def __init__(self, opt: Namespace, loader: DataLoader, **parts):
         self.opt = opt
@@ -657,7 +659,7 @@ class Run:
     def record(self, **more: float) -> None:
         """Log and print the means of the metrics since the last record, and `more`.
 
-        All rows must have the same columns.
+        Every call must give the same names in `more`, as log.csv has one header.
         """
         seconds = time.perf_counter() - self.start
         minutes_left = (self.last_step / self.step - 1) * seconds / 60
@@ -694,10 +696,10 @@ class Run:
         }
         for name, part in self.parts.items():
             if isinstance(part, nn.Module) and not all(p.isfinite().all() for p in part.parameters()):
-                raise InputError(f"step {self.step}: {name} is not finite; start again with a lower --lr")
+                raise InputError(f"by step {self.step}, {name} is not finite; start again with a lower --lr")
             state[name] = part.state_dict()
         if RANK > 0:
-            return
+            return  # all processes have checked the weights; one writes
         buffer = io.BytesIO()  # torch.save would hide that the disk is full
         torch.save(state, buffer)
         with replacing(self.folder / "checkpoint.pt") as file:

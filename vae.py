@@ -581,7 +581,7 @@ def find_device(name: str) -> torch.device:
         # blocks up to that size for reuse, which makes steps faster.
         torch.zeros(8_000_000, device=device)[0].item()
     except (RuntimeError, AssertionError, ImportError) as e:
-        raise InputError(f"--device {name} does not work here ({e}); --device cpu does") from e
+        raise InputError(f"--device {name} does not work here ({shorten(str(e), 300)}); use cpu") from e
     return device
 
 
@@ -805,7 +805,7 @@ CHECKPOINT_SECONDS = 30  # at least, between two checkpoints: about what a stop 
 
 
 class Run:
-    """A run: its folder, its step and its log. A checkpoint holds step, log and the state of `parts`."""
+    """A run: its folder, step and log. A checkpoint holds the options, step, log and the state of `parts`."""
 
     def __init__(self, opt: Namespace, loader: DataLoader, **parts):
         self.opt = opt
@@ -854,7 +854,7 @@ class Run:
     def record(self, **more: float) -> None:
         """Log and print the means of the metrics since the last record, and `more`.
 
-        All rows must have the same columns.
+        Every call must give the same names in `more`, as log.csv has one header.
         """
         seconds = time.perf_counter() - self.start
         minutes_left = (self.last_step / self.step - 1) * seconds / 60
@@ -891,10 +891,10 @@ class Run:
         }
         for name, part in self.parts.items():
             if isinstance(part, nn.Module) and not all(p.isfinite().all() for p in part.parameters()):
-                raise InputError(f"step {self.step}: {name} is not finite; start again with a lower --lr")
+                raise InputError(f"by step {self.step}, {name} is not finite; start again with a lower --lr")
             state[name] = part.state_dict()
         if RANK > 0:
-            return
+            return  # all processes have checked the weights; one writes
         buffer = io.BytesIO()  # torch.save would hide that the disk is full
         torch.save(state, buffer)
         with replacing(self.folder / "checkpoint.pt") as file:

@@ -48,7 +48,7 @@ def test_bad_device(cgan, refused, tmp_path, monkeypatch, device):
         "digits",
         "--device",
         device,
-        says=[f"--device {device} does not work here", "--device cpu does"],
+        says=[f"--device {device} does not work here", "use cpu"],
     )
     assert not list(tmp_path.iterdir())
 
