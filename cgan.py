@@ -300,7 +300,8 @@ def train(opt: Namespace) -> Path:
             D.requires_grad_(False)  # gradients pass through D to G; those of D are not needed
             with autocast:
                 fake = G(z, y)
-                fake = fake + opt.noise * torch.randn_like(fake)
+                # Not randn_like(fake): fake is stored channels-last, for which random numbers come slowly.
+                fake = fake + opt.noise * torch.randn_like(real)
                 fake_scores, fake_logits = D(fake, y)
             g_loss = (fake_scores - 1).square().mean()
             g_loss = g_loss + opt.class_weight * cross_entropy(fake_logits, y)

@@ -247,7 +247,8 @@ def train(opt: Namespace) -> Path:
             D.requires_grad_(False)  # gradients pass through D to G; those of D are not needed
             with autocast:
                 fake = G(z)
-                fake = fake + opt.noise * torch.randn_like(fake)
+                # Not randn_like(fake): fake is stored channels-last, for which random numbers come slowly.
+                fake = fake + opt.noise * torch.randn_like(real)
                 fake_logits = D(fake)
             g_loss = -logsigmoid(fake_logits).mean()
             optimizer_G.zero_grad()
