@@ -148,10 +148,10 @@ class Generator(nn.Module):
                 nn.Unflatten(1, (channels, img_size, img_size)),
             )  # fmt: skip
         else:
-            # Built backwards from the image. Each level that is put in front doubles the side, down to one
-            # that is odd or below 8: images of 32 pixels begin with 4, those of 28 with 7. At the end, from a
-            # side of s to 2 s + 1 and to 2 s, the mean of 2x2 pixels removes the fine grid that a transposed
-            # convolution leaves.
+            # Built backwards from the image. Each level that is put in front doubles the side; the first has
+            # one that is odd or below 8: images of 32 pixels begin with 4, those of 28 with 7. The last level
+            # ends with the mean of 2x2 pixels, which removes the fine grid that a transposed convolution
+            # leaves: it goes from a side of 16 to 33, and then to 32.
             layers = [
                 nn.BatchNorm2d(hidden_dim),
                 nn.ReLU(),
@@ -413,8 +413,8 @@ def parse_and_check(p: ArgumentParser, argv: list[str] | None) -> Namespace:
     """Parse argv. With --resume, the run's options are the defaults, and few of them may change."""
     opt = p.parse_args(argv)
     uses = sorted(name for name in USES if getattr(opt, name) is not None)
-    if uses and opt.resume is None:
-        p.error(f"--{uses[0]} needs --resume RUN, the run to use")
+    if uses and (opt.resume is None or WORLD > 1):
+        p.error(f"--{uses[0]} needs --resume RUN, the run to use, and a single process, without torchrun")
     if opt.resume is not None:
         saved = read_checkpoint(opt.resume)["options"]
         p.set_defaults(**saved)  # for what argv leaves out; sets opt.classes, too, which train() has saved

@@ -489,8 +489,8 @@ def parse_and_check(p: ArgumentParser, argv: list[str] | None) -> Namespace:
     """Parse argv. With --resume, the run's options are the defaults, and few of them may change."""
     opt = p.parse_args(argv)
     uses = sorted(name for name in USES if getattr(opt, name) is not None)
-    if uses and opt.resume is None:
-        p.error(f"--{uses[0]} needs --resume RUN, the run to use")
+    if uses and (opt.resume is None or WORLD > 1):
+        p.error(f"--{uses[0]} needs --resume RUN, the run to use, and a single process, without torchrun")
     if opt.resume is not None:
         saved = read_checkpoint(opt.resume)["options"]
         p.set_defaults(**saved)  # for what argv leaves out; sets opt.classes, too, which train() has saved

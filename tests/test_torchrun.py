@@ -226,6 +226,12 @@ def test_a_process_that_is_killed_ends_the_other(two, cgan, monkeypatch):
     assert checkpoint("killed")["step"] == N_STEPS
 
 
+def test_generating_is_refused(script, refused, monkeypatch):
+    """Each process would write everything."""
+    monkeypatch.setattr(script, "WORLD", 2)
+    refused(script, "--resume", "runs/any", "--generate", 1, says=["--generate", "torchrun"])
+
+
 @pytest.mark.parametrize(
     "batch_size, processes, works", [(6, 3, True), (8, 3, False), (3, 3, False), (8, 2, True)]
 )
